@@ -1,0 +1,5 @@
+"""`python -m moejax X ...`, the same as `moejax X ...`."""
+
+from moejax.commands.main import main
+
+raise SystemExit(main())

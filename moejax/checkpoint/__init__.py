@@ -1,0 +1,1 @@
+"""Checkpoints in Hugging Face's layout: finding, checking, loading into sharded arrays, and writing them."""

@@ -1,0 +1,99 @@
+"""The correspondence between sharded parameters and the tensors of a checkpoint, as data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+Window = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One rectangular part of a parameter and where it lies in a checkpoint tensor.
+
+    Attributes:
+        dest: index into the parameter; an int selects one index and drops that axis, slices have explicit start and
+            stop.
+        tensor: name of the checkpoint tensor.
+        source: region of that tensor, explicit start and stop on every axis. Where the tensor has more axes than
+            `dest` has
+            slices, its leading axes are of extent 1 in the region and are dropped.
+        transpose: the region, transposed (2-D), is the destination.
+    """
+
+    dest: tuple[int | slice, ...]
+    tensor: str
+    source: Window
+    transpose: bool = False
+
+    @property
+    def box(self) -> Window:
+        """`dest` with slices of extent 1 in place of ints."""
+        return tuple(index if isinstance(index, slice) else slice(index, index + 1) for index in self.dest)
+
+    @property
+    def axes(self) -> list[tuple[int, int]]:
+        """Pairs (axis of the parameter, axis of the tensor) that correspond."""
+        kept = [axis for axis, index in enumerate(self.dest) if isinstance(index, slice)]
+        source = list(range(len(self.source) - len(kept), len(self.source)))
+        return list(zip(kept, reversed(source) if self.transpose else source, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole model's correspondence. Regions of a parameter that no piece covers are zeros (padding).
+
+    Attributes:
+        pieces: for each role (dotted path of a parameter), the parts it is made of.
+        shapes: for each checkpoint tensor, the shape that it must have.
+    """
+
+    pieces: Mapping[str, tuple[Piece, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def within(piece: Piece, window: Window) -> Piece | None:
+    """The part of `piece` inside a window of its parameter, `dest` counted from the window's corner; None if
+    outside."""
+    box = _intersect(piece.box, window)
+    if box is None:
+        return None
+    source = list(piece.source)
+    for axis, source_axis in piece.axes:
+        source[source_axis] = _shift(box[axis], piece.source[source_axis].start - piece.box[axis].start)
+    moved = (_shift(part, -edge.start) for part, edge in zip(box, window, strict=True))
+    dest = tuple(new.start if isinstance(old, int) else new for old, new in zip(piece.dest, moved, strict=True))
+    return replace(piece, dest=dest, source=tuple(source))
+
+
+def within_source(piece: Piece, block: Window) -> Piece | None:
+    """The part of `piece` inside a block of its tensor, `source` counted from the block's corner; None if outside."""
+    source = _intersect(piece.source, block)
+    if source is None:
+        return None
+    dest = list(piece.dest)
+    for axis, source_axis in piece.axes:
+        dest[axis] = _shift(source[source_axis], piece.box[axis].start - piece.source[source_axis].start)
+    moved = tuple(_shift(part, -edge.start) for part, edge in zip(source, block, strict=True))
+    return replace(piece, dest=tuple(dest), source=moved)
+
+
+def hull(regions: list[Window]) -> Window:
+    """The smallest region that contains all of `regions`."""
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*regions, strict=True))
+
+
+def whole(shape: tuple[int, ...]) -> Window:
+    return tuple(slice(0, extent) for extent in shape)
+
+
+def extents(window: Window) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in window)
+
+
+def _intersect(a: Window, b: Window) -> Window | None:
+    common = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return common if all(part.start < part.stop for part in common) else None
+
+
+def _shift(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)

@@ -1,0 +1,62 @@
+"""What a checkpoint family is: how its config reads, and what its tensors are called."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moejax.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints in Hugging Face's format, as data.
+
+    Attributes:
+        model_type: `model_type` of its config.json.
+        architecture: the class transformers loads it with.
+        to_config: parsed config.json -> ModelConfig; raises MoejaxError naming the field it cannot honour.
+        names: role template -> checkpoint tensor name template. `{l}` is the layer, `{e}` the expert, which only tensor
+            names have: a role holds all experts. Roles of parts (`moe.gate`, `moe.up`) are separate tensors of one
+            parameter (`moe.gate_up`). A family names every role it may have; a config may use fewer.
+        fields: names of config.json's fields that `to_config` reads beyond those all families share.
+        ignored_tensors: glob patterns of checkpoint tensors that carry no parameter.
+    """
+
+    model_type: str
+    architecture: str
+    to_config: Callable[[Mapping[str, Any]], ModelConfig]
+    names: Mapping[str, str]
+    fields: frozenset[str]
+    ignored_tensors: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+
+
+_LAYER = "model.layers.{l}."
+
+DEFAULT_NAMES: Mapping[str, str] = {
+    "embed": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "layers.{l}.attention_norm": _LAYER + "input_layernorm.weight",
+    "layers.{l}.mlp_norm": _LAYER + "post_attention_layernorm.weight",
+    "layers.{l}.attention.q": _LAYER + "self_attn.q_proj.weight",
+    "layers.{l}.attention.k": _LAYER + "self_attn.k_proj.weight",
+    "layers.{l}.attention.v": _LAYER + "self_attn.v_proj.weight",
+    "layers.{l}.attention.o": _LAYER + "self_attn.o_proj.weight",
+    "layers.{l}.attention.q_bias": _LAYER + "self_attn.q_proj.bias",
+    "layers.{l}.attention.k_bias": _LAYER + "self_attn.k_proj.bias",
+    "layers.{l}.attention.v_bias": _LAYER + "self_attn.v_proj.bias",
+    "layers.{l}.attention.o_bias": _LAYER + "self_attn.o_proj.bias",
+    "layers.{l}.attention.q_norm": _LAYER + "self_attn.q_norm.weight",
+    "layers.{l}.attention.k_norm": _LAYER + "self_attn.k_norm.weight",
+    "layers.{l}.moe.router": _LAYER + "mlp.gate.weight",
+    "layers.{l}.moe.gate": _LAYER + "mlp.experts.{e}.gate_proj.weight",
+    "layers.{l}.moe.up": _LAYER + "mlp.experts.{e}.up_proj.weight",
+    "layers.{l}.moe.down": _LAYER + "mlp.experts.{e}.down_proj.weight",
+    "layers.{l}.moe.shared.gate": _LAYER + "mlp.shared_expert.gate_proj.weight",
+    "layers.{l}.moe.shared.up": _LAYER + "mlp.shared_expert.up_proj.weight",
+    "layers.{l}.moe.shared.down": _LAYER + "mlp.shared_expert.down_proj.weight",
+    "layers.{l}.moe.shared_gate": _LAYER + "mlp.shared_expert_gate.weight",
+    "layers.{l}.mlp.gate": _LAYER + "mlp.gate_proj.weight",
+    "layers.{l}.mlp.up": _LAYER + "mlp.up_proj.weight",
+    "layers.{l}.mlp.down": _LAYER + "mlp.down_proj.weight",
+}

@@ -1,0 +1,111 @@
+"""The rotary embedding of a config.json, in both spellings.
+
+The hub's: `rope_theta` beside `rope_scaling` (whose kind is `type` or `rope_type`). Transformers 5's: everything in
+`rope_parameters`. Precedence and defaults are those of transformers' `RotaryEmbeddingConfigMixin`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.config import RopeConfig
+from moejax.errors import MoejaxError
+from moejax.families.fields import Fields
+
+_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+_KEYS = frozenset(
+    "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor".split()
+)
+
+
+def read_rope(fields: Fields, default_theta: float, max_position_embeddings: int, head_dim: int) -> RopeConfig:
+    """The config's rotary embedding.
+
+    Args:
+        fields: the whole config.json.
+        default_theta: the family's base where the config states none.
+        max_position_embeddings: tokens; the pretraining context where a scaling states none.
+        head_dim: width of a head, all of which is rotated.
+
+    Raises:
+        MoejaxError: an unsupported kind, a rotation of part of the head, one rope per layer type, or a bad value.
+    """
+    scaling = _scaling(fields)
+    kind = scaling.raw.get("rope_type", scaling.raw.get("type", "default"))
+    if kind not in _KINDS:
+        raise MoejaxError(f"{scaling.prefix}rope_type={kind!r} is not supported; one of {', '.join(_KINDS)} is")
+    for part in (fields, scaling):
+        if part.raw.get("partial_rotary_factor") not in (None, 1):
+            raise part.error("partial_rotary_factor", "is not supported; whole heads are rotated (1.0)")
+    theta = (scaling if "rope_theta" in scaling.raw else fields).number("rope_theta", default_theta)
+    if theta <= 1:
+        raise MoejaxError(f"config field rope_theta={theta} must be above 1: frequencies fall as its powers")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=scaling.number("factor"))
+    if kind == "dynamic":
+        if head_dim == 2:
+            raise MoejaxError("rope_type='dynamic' needs head_dim above 2: its exponent is head_dim / (head_dim - 2)")
+        return RopeConfig(theta=theta, kind="dynamic", factor=scaling.number("factor"))
+    original = _original_length(fields, scaling, max_position_embeddings)
+    if kind == "llama3":
+        return _llama3(scaling, theta, original)
+    return _yarn(scaling, theta, original, max_position_embeddings)
+
+
+def unknown_rope_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the keys inside the rope object that no supported kind reads."""
+    scaling = _scaling(Fields(raw))
+    return sorted(scaling.prefix + key for key in scaling.raw if key not in _KEYS)
+
+
+def _scaling(fields: Fields) -> Fields:
+    name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
+    value = fields.raw.get(name)
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise fields.error(name, "must be an object or null")
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            raise MoejaxError(f"config field {name}.{key} is an object: one rope per layer type is not supported")
+    return Fields(value, prefix=f"{name}.")
+
+
+def _original_length(fields: Fields, scaling: Fields, max_position_embeddings: int) -> int:
+    name = "original_max_position_embeddings"
+    # A top-level value wins even over the one inside the rope object (Phi-3's spelling).
+    where = fields if fields.raw.get(name) is not None else scaling
+    return where.integer(name, max_position_embeddings)
+
+
+def _llama3(scaling: Fields, theta: float, original: int) -> RopeConfig:
+    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+    if high <= low:
+        raise scaling.error("high_freq_factor", f"must be above low_freq_factor={low}")
+    return RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=scaling.number("factor"),
+        original_length=original,
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def _yarn(scaling: Fields, theta: float, original: int, max_position_embeddings: int) -> RopeConfig:
+    # An explicit null asks for the ratio of the contexts (DeepSeek-V3's spelling).
+    derived = "factor" in scaling.raw and scaling.raw["factor"] is None
+    return RopeConfig(
+        theta=theta,
+        kind="yarn",
+        factor=max_position_embeddings / original if derived else scaling.number("factor"),
+        original_length=original,
+        attention_factor=scaling.optional_number("attention_factor"),
+        beta_fast=scaling.optional_number("beta_fast") or 32.0,
+        beta_slow=scaling.optional_number("beta_slow") or 1.0,
+        mscale=scaling.optional_number("mscale"),
+        mscale_all_dim=scaling.optional_number("mscale_all_dim"),
+        truncate=scaling.flag("truncate", True),
+    )

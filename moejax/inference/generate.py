@@ -1,0 +1,261 @@
+"""Continues prompts: text or ids in, text and ids out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+import time
+
+import numpy as np
+
+from moejax.config import ModelConfig
+from moejax.errors import MoejaxError
+from moejax.inference.chat import find_template, render_chat
+from moejax.inference.detokenize import TextStream
+from moejax.inference.engine import Draw, Engine
+from moejax.inference.generation_config import SamplingParams, resolve_sampling
+from moejax.inference.tokenizer import require
+from moejax.language_model import LanguageModel
+
+BATCH = 64
+"""Prompts that run together; more are taken in turns, so that memory does not grow with their number."""
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What came of one prompt.
+
+    Attributes:
+      text: the continuation, without special tokens and cut before a stop string; "" without a tokenizer.
+      tokens: the new ids; an end-of-sequence id that ended them is the last one.
+      finish_reason: "stop" (end-of-sequence id or stop string) or "length".
+      logprobs: for each new token its natural log-probability under the model's own distribution, where asked for.
+      prompt_tokens: how many tokens the prompt had.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    logprobs: list[float] | None
+    prompt_tokens: int
+
+
+@dataclass
+class Timing:
+    """Where the time went, in seconds, summed over batches; compilation stands apart.
+
+    `first_s` is prompts in to first tokens out, `later_s` all steps after.
+    """
+
+    compile_s: float = 0.0
+    first_s: float = 0.0
+    later_s: float = 0.0
+    later_tokens: int = 0
+    steps: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class _Row:
+    """One prompt under way."""
+
+    prompt: list[int]
+    room: int
+    params: SamplingParams
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str | None = None
+
+    def push(self, token: int, logprob: float | None) -> str:
+        """Takes one more token; returns the text that it settles."""
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if token in self.params.eos_ids:
+            self.finish = "stop"
+            return self.stream.finish()
+        text = self.stream.push(token)
+        if self.stream.stopped:
+            self.finish = "stop"
+        elif len(self.tokens) >= self.room:
+            self.finish = "length"
+            text += self.stream.finish()
+            # The end may have been held back as the beginning of a stop string, or completed one.
+            self.finish = "stop" if self.stream.stopped else "length"
+        return text
+
+    def result(self) -> Generation:
+        logprobs = self.logprobs if self.params.logprobs else None
+        return Generation(self.stream.text, self.tokens, self.finish or "length", logprobs, len(self.prompt))
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] | str | None = None,
+    eos_ids: Sequence[int] | None = None,
+    logprobs: bool = False,
+    max_model_len: int | None = None,
+    chat: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
+    timing: Timing | None = None,
+) -> list[Generation]:
+    """Continues each prompt until an end-of-sequence id, a stop string or the length.
+
+    Settings left at None are the checkpoint's (`generation_config.json`), else greedy decoding of 32 tokens. The same seed gives the
+    same tokens on every mesh (in f32), alone or in a batch: each prompt and position has its own random key.
+
+    Args:
+      model: from `moejax.load`.
+      prompts: texts, or lists of token ids; with `chat`, texts or lists of `{"role", "content"}` messages.
+      max_new_tokens: most tokens to add; a prompt near the end of the context gets fewer.
+      temperature: 0 is greedy.
+      top_k, top_p, min_p: filters of sampling, in this order.
+      repetition_penalty: above 1 makes tokens that were there already less likely.
+      seed: of the random numbers.
+      stop: strings that end a continuation; they are not part of its text.
+      eos_ids: token ids that end it, in place of the checkpoint's; `[]` for none.
+      logprobs: return the log-probability of each new token.
+      max_model_len: a context shorter than the model's own, prompt and continuation together.
+      chat: wrap each prompt in the checkpoint's chat template.
+      on_text: called with (prompt number, new text) as text appears.
+      timing: filled with seconds and counts.
+
+    Raises:
+      MoejaxError: a setting out of range, an empty prompt, ids outside the vocabulary, a prompt over the context.
+    """
+    params = settle(
+        model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        eos_ids=eos_ids,
+        logprobs=logprobs,
+    )
+    ids = encode_prompts(model, prompts, chat)
+    context = _context(model.config, max_model_len)
+    tokenizer = model.tokenizer
+    if params.stop:
+        require(tokenizer, model.folder)
+    timing = timing if timing is not None else Timing()
+    rows = [
+        _Row(prompt, _room(params, i, len(prompt), context), params, TextStream(tokenizer, params.stop))
+        for i, prompt in enumerate(ids)
+    ]
+    for first in range(0, len(rows), BATCH):
+        _run_batch(model, rows[first : first + BATCH], first, params, on_text, timing)
+    return [row.result() for row in rows]
+
+
+def settle(model: LanguageModel, **overrides: Any) -> SamplingParams:
+    """The settings of one call: the caller's, else the checkpoint's, else the defaults."""
+    return resolve_sampling(overrides, model.generation_config, model.config.eos_ids)
+
+
+def encode_prompts(model: LanguageModel, prompts: Sequence[Prompt], chat: bool = False) -> list[list[int]]:
+    """Token ids of each prompt, checked.
+
+    Raises:
+      MoejaxError: no prompts, an empty one, text without a tokenizer, ids outside the vocabulary.
+    """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence | np.ndarray):
+        raise MoejaxError(f"prompts must be a list of texts or of id lists, got {type(prompts).__name__}; wrap it in [ ]")
+    if not len(prompts):
+        raise MoejaxError("there are no prompts; give at least one")
+    return [_encode(model, i, prompt, chat) for i, prompt in enumerate(prompts)]
+
+
+def _encode(model: LanguageModel, number: int, prompt: Any, chat: bool) -> list[int]:
+    if chat:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        tokenizer = require(model.tokenizer, model.folder)
+        ids = tokenizer.encode_chat(render_chat(find_template(model.folder), messages, tokenizer.special_tokens))
+    elif isinstance(prompt, str):
+        ids = require(model.tokenizer, model.folder).encode(prompt)
+    else:
+        ids = _whole_numbers(number, prompt)
+    if not ids:
+        raise MoejaxError(f"prompt {number} is empty; give at least one token")
+    for token in ids:
+        if not 0 <= token < model.config.vocab_size:
+            raise MoejaxError(
+                f"prompt {number}: token id {token} is outside the vocabulary, 0 to {model.config.vocab_size - 1}"
+            )
+    return ids
+
+
+def _whole_numbers(number: int, prompt: Any) -> list[int]:
+    ids = list(prompt)
+    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in ids):
+        raise MoejaxError(f"prompt {number} must be a text or a list of token ids, got {str(prompt)[:60]!r}")
+    return [int(token) for token in ids]
+
+
+def _context(config: ModelConfig, max_model_len: int | None) -> int:
+    if max_model_len is None:
+        return config.context
+    if not 1 <= max_model_len <= config.context:
+        raise MoejaxError(f"max_model_len={max_model_len} must be 1 to the model's context of {config.context} tokens")
+    return max_model_len
+
+
+def _room(params: SamplingParams, number: int, length: int, context: int) -> int:
+    """Tokens to add. A prompt that fills the context still gets the one token that follows it."""
+    if length > context:
+        raise MoejaxError(f"prompt {number} has {length} tokens, over the context of {context}; shorten it")
+    return min(params.new_tokens(length), max(1, context - length))
+
+
+def _run_batch(
+    model: LanguageModel,
+    rows: list[_Row],
+    first: int,
+    params: SamplingParams,
+    on_text: Callable[[int, str], None] | None,
+    timing: Timing,
+) -> None:
+    """Prefills, then steps until every row has finished; times what the caller waits for, host work included."""
+    lengths = np.array([len(row.prompt) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : lengths[i]] = row.prompt
+    # The last token of a row is drawn but never run, so it needs no place in the cache.
+    longest = max(len(row.prompt) + row.room - 1 for row in rows)
+    draw = Draw(params.filters, params.repetition_penalty, params.logprobs)
+    engine = Engine(model, len(rows), draw, params.seed)
+
+    def accept(new: tuple[np.ndarray, np.ndarray | None, int]) -> int:
+        drawn, scores, dropped = new
+        timing.dropped += dropped
+        live = [i for i, row in enumerate(rows) if row.finish is None]
+        for i in live:
+            text = rows[i].push(int(drawn[i]), None if scores is None else float(scores[i]))
+            if on_text and text:
+                on_text(first + i, text)
+        return len(live)
+
+    began = time.perf_counter()
+    accept(engine.start(tokens, lengths, first, longest))
+    compiled, prefilled = engine.compile_s, time.perf_counter()
+    timing.first_s += prefilled - began - compiled
+    while any(row.finish is None for row in rows):
+        active = np.array([row.finish is None for row in rows])
+        timing.later_tokens += accept(engine.step(active))
+        timing.steps += 1
+    timing.later_s += time.perf_counter() - prefilled - (engine.compile_s - compiled)
+    timing.compile_s += engine.compile_s

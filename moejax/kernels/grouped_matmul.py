@@ -1,0 +1,125 @@
+"""One matrix product for each group of consecutive rows, the group sizes known only at run time.
+
+XLA's own `ragged_dot` is a dense expansion on CPU and GPU (every row times every group's matrix). Here a loop walks over tiles
+of rows that belong to one group: the work is that of the rows present, and matrices of empty groups are never read.
+"""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.precision import precision_of
+from moejax.sharding import pad_axis, varying_as
+
+LARGEST_TILE = 128  # rows; larger tiles waste more on half-filled ones than they gain (measured: 64 and 128 best, 512 twice slower)
+
+Tiles: TypeAlias = tuple[Int[Array, " G"], Int[Array, " G"], Int[Array, " G"]]
+
+
+def grouped_matmul(
+    x: Float[Array, "M K"], w: Float[Array, "G K N"], group_sizes: Int[Array, " G"]
+) -> Float[Array, "M N"]:
+    """`y[i] = x[i] @ w[g]` for each row i of group g; rows past the last group give zeros.
+
+    Args:
+      x: rows sorted by group: the first `group_sizes[0]` rows belong to group 0, and so on.
+      w: one matrix a group, of x's dtype.
+      group_sizes: rows of each group, int32, their sum at most M.
+
+    Returns:
+      The products, in x's dtype, accumulated in f32. Differentiable in `x` and `w`; the gradient of an empty group's matrix is
+      zero.
+    """
+    if x.shape[0] == 0:
+        return jnp.zeros((0, w.shape[2]), x.dtype)
+    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right devices.
+    return _grouped_matmul(varying_as(x, w, group_sizes), varying_as(w, x, group_sizes), varying_as(group_sizes, x, w))
+
+
+@jax.custom_vjp
+def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    rows = _tile_rows(x.shape[0], w.shape[0])
+    tiles = _tiles(group_sizes, rows)
+    padded = pad_axis(x, 0, x.shape[0] + rows)
+
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, out = state
+        group, start, _ = _tile(tiles, i, rows)
+        product = _dot(
+            lax.dynamic_slice_in_dim(padded, start, rows), lax.dynamic_index_in_dim(w, group, keepdims=False)
+        )
+        # Rows past the group's end are overwritten by the next group's tiles, which come later.
+        return i + 1, lax.dynamic_update_slice_in_dim(out, product, start, 0)
+
+    out = _walk(tiles, step, jnp.zeros((padded.shape[0], w.shape[2]), x.dtype), x, w, group_sizes)
+    return _zero_past(out[: x.shape[0]], group_sizes)
+
+
+def _forward(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, group_sizes = saved
+    dx = _grouped_matmul(dy, jnp.swapaxes(w, 1, 2), group_sizes)
+    return dx, _weight_gradient(x, dy, w, group_sizes), None
+
+
+def _weight_gradient(x: jax.Array, dy: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    rows = _tile_rows(x.shape[0], w.shape[0])
+    tiles = _tiles(group_sizes, rows)
+    x_padded, dy_padded = (pad_axis(a, 0, a.shape[0] + rows) for a in (x, dy))
+
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, dw = state
+        group, start, end = _tile(tiles, i, rows)
+        mine = (start + jnp.arange(rows) < end)[:, None]
+        # Zeroed in both factors: a foreign row of dy may be anything, and 0 * inf would poison the sum.
+        x_tile = jnp.where(mine, lax.dynamic_slice_in_dim(x_padded, start, rows), jnp.zeros((), x.dtype))
+        dy_tile = jnp.where(mine, lax.dynamic_slice_in_dim(dy_padded, start, rows), jnp.zeros((), dy.dtype))
+        so_far = lax.dynamic_index_in_dim(dw, group, keepdims=False)
+        product = lax.dot_general(x_tile, dy_tile, (((0,), (0,)), ((), ())), precision_of(x.dtype), jnp.float32)
+        return i + 1, lax.dynamic_update_index_in_dim(dw, so_far + product, group, 0)
+
+    return _walk(tiles, step, jnp.zeros(w.shape, jnp.float32), x, dy, group_sizes).astype(w.dtype)
+
+
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+def _tile_rows(rows: int, groups: int) -> int:
+    """The power of two that a group has rows on average, at most LARGEST_TILE."""
+    average = -(-rows // groups)
+    return min(LARGEST_TILE, 1 << (average - 1).bit_length())
+
+
+def _tiles(group_sizes: jax.Array, rows: int) -> Tiles:
+    """For each group: its first row, one past its last row, one past its last tile."""
+    ends = jnp.cumsum(group_sizes)
+    return ends - group_sizes, ends, jnp.cumsum((group_sizes + (rows - 1)) // rows)
+
+
+def _tile(tiles: Tiles, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tile i's group, its first row, and one past the last row of that group."""
+    starts, ends, last_tiles = tiles
+    group = jnp.sum(last_tiles <= i, dtype=jnp.int32)
+    tiles_of_group = (ends[group] - starts[group] + (rows - 1)) // rows
+    return group, starts[group] + (i - (last_tiles[group] - tiles_of_group)) * rows, ends[group]
+
+
+def _walk(tiles: Tiles, step, initial: jax.Array, *operands: jax.Array) -> jax.Array:
+    count = tiles[2][-1]
+    return lax.while_loop(
+        lambda state: state[0] < count, step, (varying_as(jnp.int32(0), count), varying_as(initial, *operands))
+    )[1]
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.dot(x, w, precision=precision_of(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _zero_past(y: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(y.shape[0]) < group_sizes.sum())[:, None], y, jnp.zeros((), y.dtype))

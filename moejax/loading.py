@@ -1,0 +1,135 @@
+"""From a name to a model on a mesh, and back to a folder."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from moejax.checkpoint.huggingface import check, load_parameters, settle_tied_head
+from moejax.checkpoint.pieces import Plan
+from moejax.checkpoint.plan import plan
+from moejax.checkpoint.safetensors import CheckpointFiles
+from moejax.checkpoint.saving import save_checkpoint
+from moejax.checkpoint.source import read_json, resolve
+from moejax.config import ModelConfig
+from moejax.errors import MoejaxError
+from moejax.families import family_of, read_config
+from moejax.inference.tokenizer import Tokenizer
+from moejax.language_model import LanguageModel, role_of
+from moejax.mesh import make_mesh
+from moejax.model import Decoder, Options
+from moejax.moe.auto import check_strategy
+from moejax.moe.placement import Placement
+from moejax.nn.heads import head_layout
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+def load(
+    model: str | Path = "demo",
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "auto",
+    strategy: str = "auto",
+    capacity_factor: float | None = None,
+    chunks: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Loads a Hugging Face checkpoint onto a mesh; each device's part is read from the files by itself.
+
+    Args:
+      model: a folder, a hub id `org/name[@revision]`, or "demo", the embedded model.
+      mesh: from `make_mesh`; None takes all devices.
+      dtype: "auto" is the checkpoint's; "float32", "bfloat16" or "float16" converts while loading.
+      strategy: "auto", "all_to_all" or "all_reduce"; see `moejax.moe`.
+      capacity_factor: None drops nothing; see `moejax.moe`.
+      chunks: slices of the all_to_all exchange; see `moejax.moe`.
+      progress: called with (bytes loaded, bytes in all).
+
+    Raises:
+      MoejaxError: no such model, a config that is not supported, or files that do not fit it; the message says which.
+    """
+    check_strategy(strategy)
+    folder = resolve(str(model))
+    raw = read_json(folder, "config.json")
+    config = read_config(raw)
+    mesh = mesh if mesh is not None else make_mesh(num_experts=config.moe.num_experts)
+    _check_mesh(mesh)
+    with CheckpointFiles.open(folder) as files:
+        family = family_of(config.model_type)
+        config, files = settle_tied_head(config, family.names, files)
+        layout = checkpoint_plan(config, mesh)
+        check(layout, files, family.ignored_tensors)
+        graph, abstract = abstract_decoder(config, mesh, dtype_of(dtype, config))
+        loaded = load_parameters(files, layout, {role_of(path): leaf for path, leaf in abstract.items()}, progress)
+    state = nnx.from_flat_state([(path, nnx.Param(loaded[role_of(path)])) for path in abstract])
+    return LanguageModel(
+        config=config,
+        decoder=nnx.merge(graph, state),
+        mesh=mesh,
+        options=Options(strategy, capacity_factor, chunks),
+        folder=folder,
+        raw_config=raw,
+        generation_config=read_json(folder, "generation_config.json", required=False),
+        tokenizer=Tokenizer.from_folder(folder),
+    )
+
+
+def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Writes the model as a Hugging Face folder that transformers loads to the same logits.
+
+    Args:
+      model: with its parameters in the dtype they are to be saved in.
+      path: a folder that does not exist yet, or is empty.
+      max_shard_bytes: largest weights file.
+
+    Raises:
+      MoejaxError: the folder holds something already, or cannot be written.
+    """
+    companions = [model.folder / name for name in COMPANIONS if (model.folder / name).is_file()]
+    layout = checkpoint_plan(model.config, model.mesh)
+    raw = dict(model.raw_config)
+    if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
+        raw["tie_word_embeddings"] = model.config.tie_word_embeddings
+    save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
+
+
+def checkpoint_plan(config: ModelConfig, mesh: Mesh) -> Plan:
+    """Which part of which checkpoint tensor fills which part of which parameter on this mesh."""
+    heads = head_layout(config.attention.num_heads, config.attention.num_kv_heads, mesh.shape["tp"])
+    placement = Placement(config.moe.num_experts, mesh.shape["ep"])
+    return plan(config, family_of(config.model_type).names, heads, placement.slot_of)
+
+
+def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
+    """The decoder's structure, and the shape, dtype and sharding of each parameter, without making any of them."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype))
+    graph, state = nnx.split(decoder)
+    leaves = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.get_metadata()["out_sharding"])
+        )
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return graph, leaves
+
+
+def dtype_of(name: str, config: ModelConfig) -> Any:
+    """The dtype that "auto", or a name, stands for.
+
+    Raises:
+      MoejaxError: a name that is none of them.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise MoejaxError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[config.dtype if name == "auto" else name]
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    if tuple(mesh.axis_names) != ("ep", "tp"):
+        raise MoejaxError(f'the mesh has axes {mesh.axis_names}; models run on ("ep", "tp"), see moejax.make_mesh')

@@ -1,0 +1,76 @@
+"""The dispatch plan: integer bookkeeping between a routing and the exchange of rows.
+
+A *pair* is one (token, chosen expert); T tokens have T * K of them, numbered token by token. The plan sorts pairs by the slot of
+their expert, earlier tokens first, and knows how many there are for each. That is all the fast path needs. The dense view of GShard
+(one-hot tensors over token, expert, capacity) says the same thing and is made from it on demand.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.moe.router import NOWHERE, Routing
+
+
+@struct.dataclass
+class DispatchPlan:
+    """Pairs sorted by expert.
+
+    Attributes:
+      expert: the expert (or slot) of each pair; `num_experts` for a pair that goes nowhere.
+      rank: the pair's place among the pairs of its expert, in token order from 0.
+      counts: pairs for each expert.
+      weights: routing weight of each pair, f32.
+      num_experts: E (or the number of slots).
+    """
+
+    expert: Int[Array, " TK"]
+    rank: Int[Array, " TK"]
+    counts: Int[Array, " E"]
+    weights: Float[Array, "T K"]
+    num_experts: int = struct.field(pytree_node=False)
+
+    def sorted_position(self) -> Int[Array, " TK"]:
+        """Each pair's place when all pairs are sorted by expert; pairs that go nowhere come last."""
+        ends = jnp.cumsum(self.counts)
+        return jnp.where(
+            self.expert < self.num_experts, (ends - self.counts)[self._known()] + self.rank, ends[-1] + self.rank
+        )
+
+    def dispatch_TEC(self, capacity: int | None = None) -> Bool[Array, "T E C"]:
+        """GShard's dispatch tensor: true where token t is row c of expert e. Pairs of rank >= capacity are dropped.
+
+        Args:
+          capacity: C, rows for each expert; T (nothing can be dropped, an expert is chosen once by a token) unless given.
+        """
+        return self._one_hot_TKEC(capacity).any(1)
+
+    def combine_TEC(self, capacity: int | None = None) -> Float[Array, "T E C"]:
+        """GShard's combine tensor: the routing weight where `dispatch_TEC` is true, else 0."""
+        return jnp.einsum("tkec,tk->tec", self._one_hot_TKEC(capacity).astype(jnp.float32), self.weights)
+
+    def dropped(self, capacity: int) -> Int[Array, ""]:
+        """Pairs that do not fit when each expert takes `capacity` rows."""
+        return jnp.maximum(self.counts - capacity, 0).sum()
+
+    def _known(self) -> Int[Array, " TK"]:
+        return jnp.minimum(self.expert, self.num_experts - 1)
+
+    def _one_hot_TKEC(self, capacity: int | None) -> Bool[Array, "T K E C"]:
+        tokens, chosen = self.weights.shape
+        rows = tokens if capacity is None else capacity
+        expert = jax.nn.one_hot(self.expert, self.num_experts, dtype=bool)[:, :, None]
+        row = jax.nn.one_hot(self.rank, rows, dtype=bool)[:, None, :]
+        return (expert & row).reshape(tokens, chosen, self.num_experts, rows)
+
+
+def make_plan(routing: Routing, num_experts: int) -> DispatchPlan:
+    """Sorts the pairs of a routing of T tokens by expert, stably, so that earlier tokens keep the lower ranks."""
+    expert = routing.experts.reshape(-1)
+    expert = jnp.where(expert == NOWHERE, jnp.int32(num_experts), expert)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    counts = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
+    place = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size, dtype=jnp.int32))
+    rank = place - (jnp.cumsum(counts) - counts)[expert]
+    return DispatchPlan(expert=expert, rank=rank, counts=counts[:-1], weights=routing.weights, num_experts=num_experts)

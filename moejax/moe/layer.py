@@ -1,0 +1,164 @@
+"""The mixture-of-experts layer as a flax.nnx module, for moejax's own decoder and for anybody's model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from moejax.config import MoEConfig
+from moejax.moe.block import current_mesh, moe
+from moejax.moe.params import ExpertParams
+from moejax.moe.placement import Placement
+from moejax.moe.router import Router, Routing, router_for
+from moejax.moe.strategies.local import Accounting
+from moejax.precision import precision_of
+from moejax.sharding import AnyMesh, axis_size, live_spec
+
+
+@struct.dataclass
+class MoEDetails:
+    """What a layer decided: for losses, for looking, for accounting.
+
+    Attributes:
+      router_logits: f32.
+      routing: chosen experts and weights.
+      accounting: tokens per expert, drops, waves, bytes.
+    """
+
+    router_logits: Float[Array, "*T E"]
+    routing: Routing
+    accounting: Accounting
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """How a layer runs on a mesh; the fields are those of `moejax.moe`."""
+
+    ep_axis: str = "ep"
+    tp_axis: str = "tp"
+    batch_axes: tuple[str, ...] | None = None
+    strategy: Literal["auto", "all_to_all", "all_reduce"] = "auto"
+    capacity_factor: float | None = None
+    chunks: int = 1
+
+
+class MoE(nnx.Module):
+    """Router, stacked experts and, where the config has one, a shared expert.
+
+    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` and, for a shared expert, `shared_gate_up
+    [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`. Experts are annotated with `(ep, tp)`: slots over `ep`, hidden width over
+    `tp`, both zero-padded to what the mesh divides. The same `rngs` give the same layer on every mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, moejax
+      >>> from flax import nnx
+      >>> config = moejax.MoEConfig(hidden_size=64, intermediate_size=128, num_experts=8, num_experts_per_tok=2)
+      >>> with jax.set_mesh(moejax.make_mesh("ep=1,tp=1")):
+      ...     layer = moejax.MoE(config, rngs=nnx.Rngs(0))
+      ...     layer(jnp.ones((4, 16, 64))).shape
+      (4, 16, 64)
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        rngs: nnx.Rngs,
+        router: Router | None = None,
+        dtype: DTypeLike = jnp.float32,
+        mesh: AnyMesh | None = None,
+        ep_axis: str = "ep",
+        tp_axis: str = "tp",
+        batch_axes: Sequence[str] | None = None,
+        strategy: Literal["auto", "all_to_all", "all_reduce"] = "auto",
+        capacity_factor: float | None = None,
+        chunks: int = 1,
+    ):
+        """Random weights, normal with the standard deviation 1 / sqrt(inputs).
+
+        Args:
+          config: sizes, activation, routing and shared expert.
+          rngs: the stream `params` is drawn from.
+          router: a callable `logits [..., E] f32 -> Routing`; None is the config's own.
+          dtype: of the parameters and of the computation.
+          mesh: None takes the mesh of `jax.set_mesh`, here and at every call; without one all is on one device.
+          ep_axis, tp_axis, batch_axes, strategy, capacity_factor, chunks: as `moejax.moe` takes them.
+        """
+        self.config, self.mesh = config, mesh
+        self.route = router or router_for(config)
+        self.parallel = Parallel(
+            ep_axis, tp_axis, None if batch_axes is None else tuple(batch_axes), strategy, capacity_factor, chunks
+        )
+        where = mesh if mesh is not None else current_mesh()
+        ep, tp = axis_size(where, ep_axis if where else None), axis_size(where, tp_axis if where else None)
+        slots, wide = Placement(config.num_experts, ep).slots, _multiple(config.intermediate_size, tp)
+        d, f, e = config.hidden_size, config.intermediate_size, config.num_experts
+
+        def param(full: tuple[int, ...], padded: tuple[int, ...], inputs: int, *cut: str | None) -> nnx.Param:
+            value = jax.random.normal(rngs.params(), full, dtype) * jnp.asarray(inputs**-0.5, dtype)
+            return sharded_param(_zero_fill(value, padded), where, *cut)
+
+        self.router = param((d, e), (d, e), d, None, None)
+        self.gate_up = param((e, d, 2, f), (slots, d, 2, wide), d, ep_axis, None, None, tp_axis)
+        self.down = param((e, f, d), (slots, wide, d), f, ep_axis, tp_axis, None)
+        shared, shared_wide = config.shared_intermediate_size, _multiple(config.shared_intermediate_size, tp)
+        self.shared_gate_up = param((d, 2, shared), (d, 2, shared_wide), d, None, None, tp_axis) if shared else None
+        self.shared_down = param((shared, d), (shared_wide, d), shared, tp_axis, None) if shared else None
+        self.shared_gate = param((d,), (d,), d, None) if config.shared_gate else None
+
+    def __call__(self, x: Float[Array, "*T D"], mask: Bool[Array, "*T"] | None = None) -> Float[Array, "*T D"]:
+        """The block's output; tokens where `mask` is false (padding) go to no expert and are counted nowhere."""
+        return self.with_details(x, mask)[0]
+
+    def with_details(
+        self, x: Float[Array, "*T D"], mask: Bool[Array, "*T"] | None = None, parallel: Parallel | None = None
+    ) -> tuple[Float[Array, "*T D"], MoEDetails]:
+        """The output, and what the router decided; `parallel` replaces the layer's own for this call.
+
+        Router logits are f32 whatever the dtype of x.
+        """
+        with jax.named_scope("router"):
+            logits = jnp.einsum(
+                "...d,de->...e", x, self.router[...], precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+            )
+            routing = self.route(logits)
+            routing = routing if mask is None else routing.only(mask)
+        p = parallel or self.parallel
+        y, accounting = moe(
+            x,
+            self.expert_params(),
+            routing,
+            ep_axis=p.ep_axis,
+            tp_axis=p.tp_axis,
+            batch_axes=p.batch_axes,
+            mesh=self.mesh,
+            strategy=p.strategy,
+            activation=self.config.activation,
+            capacity_factor=p.capacity_factor,
+            chunks=p.chunks,
+            num_experts=self.config.num_experts,
+        )
+        return y, MoEDetails(logits, routing, accounting)
+
+    def expert_params(self) -> ExpertParams:
+        """The weights as the pure functions take them."""
+        shared = (self.shared_gate_up, self.shared_down, self.shared_gate)
+        return ExpertParams(self.gate_up[...], self.down[...], *(None if p is None else p[...] for p in shared))
+
+
+def sharded_param(value: jax.Array, mesh: AnyMesh | None, *cut: str | None) -> nnx.Param:
+    """A parameter annotated with the mesh axes that cut it; without a mesh, a plain one."""
+    return nnx.Param(value) if mesh is None else nnx.Param(value, out_sharding=live_spec(mesh, *cut), mesh=mesh)
+
+
+def _zero_fill(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.pad(value, [(0, full - have) for full, have in zip(shape, value.shape, strict=True)])
+
+
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of

@@ -1,0 +1,27 @@
+"""The oracle: a mixture of experts written the slow, obvious way, on one device, without a mesh.
+
+Every strategy on every mesh is tested against this.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.config import Activation
+from moejax.moe.experts import gated_mlp, shared_expert
+from moejax.moe.params import ExpertParams
+from moejax.moe.router import Routing
+
+
+def dense_moe(
+    x: Float[Array, "T D"], params: ExpertParams, routing: Routing, activation: Activation = "silu"
+) -> Float[Array, "T D"]:
+    """Runs every expert on every token and sums with the routing weights, which are 0 where an expert was not chosen."""
+    y = jnp.zeros(x.shape, jnp.float32)
+    for expert in range(params.gate_up.shape[0]):
+        chosen = jnp.where(routing.experts == expert, routing.weights, 0.0).sum(-1)
+        output = gated_mlp(x, params.gate_up[expert], params.down[expert], activation)
+        y = y + chosen[:, None] * output.astype(jnp.float32)
+    y = y.astype(x.dtype)
+    if params.shared_gate_up is None or params.shared_down is None:
+        return y
+    return y + shared_expert(x, params.shared_gate_up, params.shared_down, params.shared_gate, activation)

@@ -1,0 +1,67 @@
+"""Routers: which experts a token goes to, and with which weights."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import MoEConfig
+
+NOWHERE = -1
+"""The expert id of a choice that goes to no expert (padding)."""
+
+
+@struct.dataclass
+class Routing:
+    """The decision for T tokens; leading axes may also be (B, S).
+
+    Attributes:
+      weights: what each chosen expert's output is multiplied by, f32.
+      experts: chosen experts, int32 in [0, E), or NOWHERE. The experts of one token are distinct.
+    """
+
+    weights: Float[Array, "*T K"]
+    experts: Int[Array, "*T K"]
+
+    def only(self, keep: Bool[Array, "*T"]) -> "Routing":
+        """The same routing with the tokens that are not kept (padding) sent nowhere, at weight 0."""
+        keep = keep[..., None]
+        return Routing(
+            weights=jnp.where(keep, self.weights, jnp.zeros((), self.weights.dtype)),
+            experts=jnp.where(keep, self.experts, jnp.int32(NOWHERE)),
+        )
+
+
+Router: TypeAlias = Callable[[Float[Array, "*T E"]], Routing]
+"""Anything that turns router logits (f32) into a Routing."""
+
+
+def softmax_router(num_experts_per_tok: int, *, renormalise: bool = True) -> Router:
+    """The router of Mixtral, Qwen-MoE and OLMoE: softmax over all experts, then the K most probable.
+
+    All of it is f32. Exact ties go to the expert of the lower index.
+
+    Args:
+      num_experts_per_tok: K.
+      renormalise: divide the K weights by their sum (`norm_topk_prob`; Mixtral always does).
+
+    Source: Jiang et al. 2024, "Mixtral of Experts", section 2.1, as transformers computes it (`MixtralTopKRouter`).
+    """
+
+    def route(logits: Float[Array, "*T E"]) -> Routing:
+        probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        weights, experts = lax.top_k(probabilities, num_experts_per_tok)
+        if renormalise:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return Routing(weights=weights, experts=experts.astype(jnp.int32))
+
+    return route
+
+
+def router_for(config: MoEConfig) -> Router:
+    """The router that a model's config describes."""
+    return softmax_router(config.num_experts_per_tok, renormalise=config.router.renormalise)

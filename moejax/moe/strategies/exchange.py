@@ -1,0 +1,166 @@
+"""The repeated exchange of `all_to_all`: rows to their experts and back, as often as the fullest cell needs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.moe.dispatch import DispatchPlan
+from moejax.moe.experts import grouped_mlp
+from moejax.moe.params import ExpertParams
+from moejax.moe.strategies.cells import Cells, Layout, grouped_rows
+from moejax.moe.strategies.local import Local
+from moejax.moe.strategies.shares import gather_share, scatter_share
+from moejax.sharding import varying
+
+
+def exchange(
+    share: Float[Array, "T d"],
+    plan: DispatchPlan,
+    counts: Int[Array, "P S"],
+    waves: Int[Array, ""],
+    params: ExpertParams,
+    cells: Cells,
+    local: Local,
+) -> Float[Array, "T d"]:
+    """Sends each pair's share of x to its expert and brings the result back, weighted and summed over a token's experts.
+
+    Args:
+      share: what this device puts on the wire of each of its tokens.
+      plan: its pairs by slot.
+      counts: pairs of every sender for every slot.
+      waves: how often to exchange.
+
+    Returns:
+      The sum over each token's experts: this device's share of D, or a partial sum over the tensor axis of whole rows.
+    """
+    # Marked as varying along all axes before the custom gradient, so that the marks' own transpose sums over them.
+    axes = local.ep_axes + local.tp_axes + local.others
+    share, weights, gate_up, down = (varying(a, axes) for a in (share, plan.weights, params.gate_up, params.down))
+    indices = tuple(varying(a, axes) for a in (plan.expert, plan.rank, plan.counts, counts))
+    if _can_overflow(*weights.shape, cells, local):
+        return _repeated((share, weights, gate_up, down), indices, waves, cells, local)
+    return _wave((share, weights, gate_up, down), indices, jnp.int32(0), cells, local)
+
+
+def _wave(
+    values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], wave: jax.Array, cells: Cells, local: Local
+) -> jax.Array:
+    """One exchange there and back, in `chunks` slices of the device's experts: the part of the sum that this wave carries."""
+    parts = [_slice_wave(values, indices, wave, chunk, cells, local) for chunk in range(local.chunks)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _slice_wave(
+    values: tuple[jax.Array, ...],
+    indices: tuple[jax.Array, ...],
+    wave: jax.Array,
+    chunk: int,
+    cells: Cells,
+    local: Local,
+) -> jax.Array:
+    share, weights, gate_up, down = values
+    expert, rank, sent, counts = indices
+    slots = local.placement.slots_per_device // local.chunks
+    mine = slice(chunk * slots, (chunk + 1) * slots)
+    received = lax.dynamic_index_in_dim(by_slice(counts, local), local.ep_index(), keepdims=False)[:, chunk]
+    with jax.named_scope("dispatch"):
+        to_send = cells.layout(sent.reshape(local.ep_size, local.chunks, -1)[:, chunk], wave)
+        row = _rows_of_pairs(expert, rank, to_send, chunk, cells, local)
+        token = _invert(row, local.ep_size * cells.rows) // weights.shape[1]
+        buffer = share.at[token].get(mode="fill", fill_value=0)
+        arrived = gather_share(_swap(buffer, local), gate_up.shape[1], local)
+    with jax.named_scope("experts"):
+        order, sizes = grouped_rows(cells.layout(received, wave), cells.rows)
+        rows = arrived.at[order].get(mode="fill", fill_value=0)
+        outputs = grouped_mlp(rows, gate_up[mine], down[mine], sizes, local.activation)
+        outputs = scatter_share(outputs, local)
+    with jax.named_scope("combine"):
+        back = _swap(outputs.at[_invert(order, order.size)].get(mode="fill", fill_value=0), local)
+        pairs = back.at[row].get(mode="fill", fill_value=0).reshape(*weights.shape, -1)
+        return jnp.einsum("tkd,tk->td", pairs.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(share.dtype)
+
+
+def _rows_of_pairs(
+    expert: jax.Array, rank: jax.Array, layout: Layout, chunk: int, cells: Cells, local: Local
+) -> Int[Array, " TK"]:
+    """Each pair's row in the send buffer; one past its end for pairs of other slices, of other waves, dropped, or going nowhere."""
+    slots = local.placement.slots_per_device // local.chunks
+    receiver, place = expert // local.placement.slots_per_device, expert % local.placement.slots_per_device
+    here = (receiver < local.ep_size) & (place // slots == chunk)
+    at = jnp.minimum(receiver, local.ep_size - 1), place % slots
+    row = rank - layout.skipped[at]
+    here &= (row >= 0) & (row < layout.size[at])
+    return jnp.where(here, receiver * cells.rows + layout.first[at] + row, jnp.int32(local.ep_size * cells.rows))
+
+
+def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:
+    """`inverse[positions[i]] = i`; where nothing points, an index past any array's end, so that a filling gather gives zeros."""
+    nothing = varying(
+        jnp.full(size, jnp.iinfo(jnp.int32).max, jnp.int32), sorted(jax.typeof(positions).manual_axis_type.varying)
+    )
+    return nothing.at[positions].set(jnp.arange(positions.size, dtype=jnp.int32), mode="drop")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _repeated(
+    values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], waves: jax.Array, cells: Cells, local: Local
+) -> jax.Array:
+    """The first wave, then as many more as the fullest cell needs."""
+    return _more_waves(values, indices, waves, _wave(values, indices, jnp.int32(0), cells, local), cells, local)
+
+
+def _more_waves(
+    values: tuple[jax.Array, ...],
+    indices: tuple[jax.Array, ...],
+    waves: jax.Array,
+    first: jax.Array,
+    cells: Cells,
+    local: Local,
+) -> jax.Array:
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return state[0] + 1, state[1] + _wave(values, indices, state[0], cells, local)
+
+    return lax.while_loop(lambda state: state[0] < waves, step, (jnp.int32(1), first))[1]
+
+
+def _repeated_forward(
+    values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], waves: jax.Array, cells: Cells, local: Local
+) -> tuple[jax.Array, Any]:
+    first, pullback = jax.vjp(lambda *v: _wave(v, indices, jnp.int32(0), cells, local), *values)
+    return _more_waves(values, indices, waves, first, cells, local), (pullback, values, indices, waves)
+
+
+def _repeated_backward(cells: Cells, local: Local, saved: Any, dy: jax.Array) -> tuple[Any, None, None]:
+    """The first wave's residuals were kept; later waves, which are rare, are computed again."""
+    pullback, values, indices, waves = saved
+
+    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        wave, total = state
+        _, pull = jax.vjp(lambda *v: _wave(v, indices, wave, cells, local), *values)
+        return wave + 1, jax.tree.map(jnp.add, total, pull(dy))
+
+    grads = lax.while_loop(lambda state: state[0] < waves, step, (jnp.int32(1), pullback(dy)))[1]
+    return grads, None, None
+
+
+_repeated.defvjp(_repeated_forward, _repeated_backward)
+
+
+def _can_overflow(tokens: int, chosen: int, cells: Cells, local: Local) -> bool:
+    """Whether any routing at all could overflow a cell."""
+    slots = local.placement.slots_per_device // local.chunks
+    return cells.per_expert is None and cells.rows < tokens * min(chosen, slots)
+
+
+def by_slice(counts: Int[Array, "P S"], local: Local) -> Int[Array, "P_to P_from n L"]:
+    """Counts of (sender, slot) as (receiver, sender, chunk, slot of the chunk)."""
+    return counts.reshape(counts.shape[0], local.ep_size, local.chunks, -1).swapaxes(0, 1)
+
+
+def _swap(buffer: Float[Array, "PC d"], local: Local) -> Float[Array, "PC d"]:
+    """The payload exchange: cell p of this device becomes cell `ep_index` of device p."""
+    return lax.all_to_all(buffer, local.ep, 0, 0, tiled=True) if local.ep else buffer

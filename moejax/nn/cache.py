@@ -1,0 +1,55 @@
+"""The key/value cache of one layer.
+
+A layer keeps `size` places a row; the token at position p is in place p modulo size. A full-attention layer has a place for every
+position, a sliding-window layer only as many as its window: old tokens are overwritten just when they fall out of sight. Either way
+places 0 .. position are the valid ones, all of them once the ring is full.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.sharding import pad_axis
+
+
+@struct.dataclass
+class LayerCache:
+    """Keys (already turned by their rotary angles) and values, in the model's dtype.
+
+    Attributes:
+      k, v: one place for each position held.
+    """
+
+    k: Float[Array, "B G C H"]
+    v: Float[Array, "B G C H"]
+
+
+def cache_size(window: int | None, max_len: int) -> int:
+    """Places that a layer keeps for sequences of at most `max_len` tokens."""
+    return max_len if window is None else min(window, max_len)
+
+
+def filled(k: Float[Array, "B G S H"], v: Float[Array, "B G S H"], lengths: Int[Array, " B"], size: int) -> LayerCache:
+    """The cache after a right-padded prompt: the last `size` tokens of each row of `lengths` tokens, each in its place."""
+    if k.shape[2] <= size:
+        return LayerCache(k=pad_axis(k, 2, size), v=pad_axis(v, 2, size))
+    last = lengths[:, None] - 1
+    position = last - (last - jnp.arange(size, dtype=jnp.int32)) % size
+    index = jnp.maximum(position, 0)[:, None, :, None]
+    return LayerCache(k=jnp.take_along_axis(k, index, 2), v=jnp.take_along_axis(v, index, 2))
+
+
+def appended(
+    cache: LayerCache, k: Float[Array, "B G 1 H"], v: Float[Array, "B G 1 H"], positions: Int[Array, " B"]
+) -> LayerCache:
+    """The cache with one more token a row, at that row's position."""
+    place = positions % cache.k.shape[2]
+    put = jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 1))
+    return LayerCache(k=put(cache.k, k, place), v=put(cache.v, v, place))
+
+
+def valid_places(cache: LayerCache, positions: Int[Array, " B"]) -> Bool[Array, "B 1 C"]:
+    """Which places hold a token that the one at `positions`, just appended, sees."""
+    return (jnp.arange(cache.k.shape[2], dtype=jnp.int32) <= positions[:, None])[:, None, :]

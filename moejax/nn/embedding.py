@@ -1,0 +1,46 @@
+"""Token embedding and output head: vocabulary rows cut over `tp`."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.nn.stream import Stream
+from moejax.precision import precision_of
+from moejax.sharding import psum
+
+
+def embed(tokens: Int[Array, "B S"], table: Float[Array, "V D"], stream: Stream) -> Float[Array, "B S D"]:
+    """Each token's row of the table; every device looks up the rows it has, and one sum over `tp` fills the rest."""
+
+    def local(tokens: jax.Array, table: jax.Array) -> jax.Array:
+        first = lax.axis_index(stream.tp) * table.shape[0] if stream.tp_axes else 0
+        row = tokens - first
+        mine = (row >= 0) & (row < table.shape[0])
+        found = table.at[jnp.where(mine, row, table.shape[0])].get(mode="fill", fill_value=0)
+        return psum(found, stream.tp_axes)
+
+    rows = stream.batch_spec
+    specs = (rows, stream.spec(stream.tp))
+    return jax.shard_map(local, mesh=stream.mesh, in_specs=specs, out_specs=rows, check_vma=True)(tokens, table)
+
+
+def head_logits(
+    x: Float[Array, "B S D"], head: Float[Array, "V D"], vocab_size: int, stream: Stream
+) -> Float[Array, "B S V"]:
+    """Logits in f32, cut over `tp` (and over `ep` where the stream is replicated and the rows divide).
+
+    The head's padding rows, which make the vocabulary divisible, are cut off.
+    """
+    helpers = stream.helpers(head.shape[0] // stream.tp_size)
+
+    def local(x: jax.Array, head: jax.Array) -> jax.Array:
+        if helpers > 1:
+            block = head.shape[0] // helpers
+            head = lax.dynamic_slice_in_dim(head, lax.axis_index(stream.ep) * block, block, 0)
+        return jnp.einsum("bsd,vd->bsv", x, head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+
+    out = stream.spec(stream.rows, None, (stream.tp, stream.ep) if helpers > 1 else stream.tp)
+    specs = (stream.batch_spec, stream.spec(stream.tp))
+    logits = jax.shard_map(local, mesh=stream.mesh, in_specs=specs, out_specs=out, check_vma=True)(x, head)
+    return logits[..., :vocab_size]

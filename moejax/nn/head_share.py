@@ -1,0 +1,77 @@
+"""Which heads one device computes: its part of the tensor axis, divided further along `ep` where the stream is replicated."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from moejax.nn.heads import HeadLayout
+from moejax.nn.stream import Stream
+
+QUERY_HEADS = {"q": 1, "o": 0, "q_bias": 0, "q_norm": 0}
+KV_HEADS = {"k": 1, "v": 1, "k_bias": 0, "v_bias": 0, "k_norm": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShare:
+    """`heads` query heads over `kv_heads` key/value heads on each device, `helpers` devices along `ep` dividing a rank's heads."""
+
+    layout: HeadLayout
+    stream: Stream
+    helpers: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, layout: HeadLayout, stream: Stream) -> Self:
+        """The finest even division of the heads under this stream."""
+        rank_heads = layout.num_heads // stream.tp_size
+        helpers = stream.helpers(rank_heads)
+        heads = rank_heads // helpers
+        return cls(layout, stream, helpers, heads, heads // math.gcd(heads, layout.group))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes over which other devices hold other heads."""
+        return ((self.stream.ep,) if self.helpers > 1 else ()) + self.stream.tp_axes
+
+    @property
+    def cache_spec(self) -> PartitionSpec:
+        """How a cache `[B, G, C, H]` of these heads lies on the mesh."""
+        divided = (self.stream.tp, self.stream.ep) if self.helpers > 1 else (self.stream.tp,)
+        return self.stream.spec(self.stream.rows, divided)
+
+    def take(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """This device's heads out of its tensor-parallel rank's parameters; all of them where it has no helpers."""
+        if self.helpers == 1:
+            return params
+        first = lax.axis_index(self.stream.ep) * self.heads
+        kv = (first + jnp.arange(self.kv_heads, dtype=jnp.int32) * (self.heads // self.kv_heads)) // self.layout.group
+        out = dict(params)
+        for name, axis in QUERY_HEADS.items():
+            if name in params and params[name].ndim > 1:
+                out[name] = lax.dynamic_slice_in_dim(params[name], first, self.heads, axis)
+        for name, axis in KV_HEADS.items():
+            if name in params and params[name].ndim > 1:
+                out[name] = jnp.take(params[name], kv, axis, mode="clip")
+        return out
+
+    def kv_weights(self) -> Float[Array, " G"]:
+        """1 for the local key/value heads that are counted here, 0 for copies counted on another device, and for padding."""
+        seen: set[int] = set()
+        table = np.zeros((self.stream.tp_size, self.helpers, self.kv_heads), np.float32)
+        rank_heads = self.heads * self.helpers
+        for rank, helper, i in np.ndindex(*table.shape):
+            head = rank * rank_heads + helper * self.heads + i * (self.heads // self.kv_heads)
+            kv = self.layout.kv_of[head // self.layout.group]
+            table[rank, helper, i] = kv >= 0 and kv not in seen
+            seen.add(kv)
+        rank = lax.axis_index(self.stream.tp) if self.stream.tp_axes else 0
+        helper = lax.axis_index(self.stream.ep) if self.helpers > 1 else 0
+        return jnp.asarray(table)[rank, helper]

@@ -1,0 +1,153 @@
+"""Rotary position embeddings: pairs of a head's values turned by angles proportional to the position.
+
+Value i of a head pairs with value i + H/2; H2 = H/2 is the number of pairs. The tables are float32 and follow
+transformers' `modeling_rope_utils`, so that long contexts, where an angle magnifies the last bit of a frequency, agree.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moejax.config import RopeConfig
+
+
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, max_position_embeddings: int, lengths_B: Int[Array, "B"] | None = None
+) -> Float[np.ndarray, "H2"] | Float[Array, "B H2"]:
+    """Radians per token of each pair of a head, float32.
+
+    All kinds but "dynamic" are static and come as one numpy table. "dynamic" (NTK scaling) raises its base with the
+    length of the sequence once that passes `max_position_embeddings`. Transformers takes the longest sequence of the
+    batch; here each row takes its own, so that a row in a batch equals the row alone.
+
+    Args:
+        rope: the kind and its parameters.
+        head_dim: H, even.
+        max_position_embeddings: tokens; the length from which "dynamic" grows.
+        lengths_B: current length of each row in tokens (last position + 1); None, for "dynamic", means not above
+            `max_position_embeddings`.
+
+    Source: https://huggingface.co/papers/2309.00071 (yarn) and transformers' `modeling_rope_utils`.
+    """
+    plain = _powers(rope.theta, head_dim)
+    match rope.kind:
+        case "default":
+            return plain
+        case "linear":
+            return plain / np.float32(rope.factor)
+        case "dynamic":
+            return plain if lengths_B is None else _dynamic(rope, head_dim, max_position_embeddings, lengths_B)
+        case "yarn":
+            return _yarn(rope, head_dim, max_position_embeddings)
+        case "llama3":
+            return _llama3(rope, plain, rope.original_length or max_position_embeddings)
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What multiplies sine and cosine: 1 except for "yarn", which sharpens the softmax of a stretched context."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)
+
+
+def rope_tables(
+    rope: RopeConfig,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions_BS: Int[Array, "B S"],
+    lengths_B: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B S H2"], Float[Array, "B S H2"]]:
+    """Cosine and sine of every pair's angle at every position, float32.
+
+    Args:
+        rope, head_dim, max_position_embeddings: as `inverse_frequencies` takes them.
+        positions_BS: position of each token in its sequence, from 0.
+        lengths_B: each row's current length in tokens, which only "dynamic" reads; None means the row's last position
+            plus 1, right unless padding carries higher positions than the text.
+    """
+    if lengths_B is None:
+        lengths_B = positions_BS.max(axis=-1) + 1
+    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim, max_position_embeddings, lengths_B))
+    if frequencies.ndim == 2:
+        frequencies = frequencies[:, None, :]
+    angles_BSH = positions_BS.astype(jnp.float32)[..., None] * frequencies
+    scale = attention_factor(rope)
+    return jnp.cos(angles_BSH) * scale, jnp.sin(angles_BSH) * scale
+
+
+def apply_rope(
+    x_BSNH: Float[Array, "B S N H"], cos_BSH: Float[Array, "B S H2"], sin_BSH: Float[Array, "B S H2"]
+) -> Float[Array, "B S N H"]:
+    """Turns the pairs (i, i + H/2) of each head; computed in float32, returned in x's dtype."""
+    cos, sin = cos_BSH[:, :, None, :], sin_BSH[:, :, None, :]
+    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BSNH.dtype)
+
+
+def _exponents(head_dim: int) -> Float[np.ndarray, "H2"]:
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+
+
+def _powers(theta: float, head_dim: int) -> Float[np.ndarray, "H2"]:
+    """1 / theta^(2i/H), the power rounded to float32 before it is inverted, as torch has it."""
+    return np.float32(1) / _periods(theta, head_dim)
+
+
+def _periods(theta: float, head_dim: int) -> Float[np.ndarray, "H2"]:
+    # The power itself in float64: numpy's float32 power differs between processors.
+    return (float(np.float32(theta)) ** _exponents(head_dim).astype(np.float64)).astype(np.float32)
+
+
+def _dynamic(
+    rope: RopeConfig, head_dim: int, max_position_embeddings: int, lengths_B: Int[Array, "B"]
+) -> Float[Array, "B H2"]:
+    """1 / (theta * growth^(H/(H-2)))^(2i/H), written so that float32 only raises the growth to a power."""
+    plain = _powers(rope.theta, head_dim)
+    exponents = (_exponents(head_dim).astype(np.float64) * -head_dim / (head_dim - 2)).astype(np.float32)
+    growth_B = rope.factor * lengths_B.astype(jnp.float32) / max_position_embeddings - (rope.factor - 1)
+    # Below the trained length, where it would shrink, growth is 1 and leaves the table as it is.
+    growth_B = jnp.where(lengths_B > max_position_embeddings, growth_B, 1.0)
+    return jnp.asarray(plain) * growth_B[:, None] ** exponents
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> Float[np.ndarray, "H2"]:
+    """Fast pairs keep their frequency, slow ones are divided by `factor`, with a ramp between the two."""
+    original = rope.original_length or max_position_embeddings
+
+    def pair_with(turns: float) -> float:
+        """Index of the pair that makes `turns` full turns over the pretraining context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    keep = np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
+    periods = _periods(rope.theta, head_dim)
+    stretched = np.float32(1) / (np.float32(rope.factor) * periods)
+    return stretched * (np.float32(1) - keep) + (np.float32(1) / periods) * keep
+
+
+def _llama3(rope: RopeConfig, plain: Float[np.ndarray, "H2"], original: int) -> Float[np.ndarray, "H2"]:
+    """Short wavelengths keep their frequency, long ones are divided by `factor`, smoothly between the two."""
+    factor, low = np.float32(rope.factor), np.float32(rope.low_freq_factor)
+    wavelengths = np.float32(2 * math.pi) / plain
+    smooth = (np.float32(original) / wavelengths - low) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
+    between = (np.float32(1) - smooth) * plain / factor + smooth * plain
+    slow = wavelengths > np.float32(original / rope.low_freq_factor)
+    fast = wavelengths < np.float32(original / rope.high_freq_factor)
+    return np.where(slow, plain / factor, np.where(fast, plain, between))

@@ -1,0 +1,1 @@
+"""What transformers computed, and the programs that asked it."""
