@@ -2,8 +2,8 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -119,9 +119,8 @@ def test_a_file_is_not_a_model(tmp_path):
 )
 def test_what_the_hub_refuses(monkeypatch, failure, message):
     def refuse(*_, **__):
-        raise failure(
-            "long text\nof several lines", response=httpx.Response(404, request=httpx.Request("GET", "http://hub"))
-        )
+        response = SimpleNamespace(headers={}, request=None, status_code=404)
+        raise failure("long text\nof several lines", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(MoejaxError, match=f"^{re.escape(message)}") as raised:

@@ -96,17 +96,21 @@ def _tile_rows(rows: int, groups: int) -> int:
     return min(LARGEST_TILE, 1 << (average - 1).bit_length())
 
 
+def _tiles_for(size: jax.Array, rows: int) -> jax.Array:
+    return lax.div(size + jnp.int32(rows - 1), jnp.int32(rows))
+
+
 def _tiles(group_sizes: jax.Array, rows: int) -> Tiles:
     """For each group: its first row, one past its last row, one past its last tile."""
     ends = jnp.cumsum(group_sizes)
-    return ends - group_sizes, ends, jnp.cumsum((group_sizes + (rows - 1)) // rows)
+    return ends - group_sizes, ends, jnp.cumsum(_tiles_for(group_sizes, rows))
 
 
 def _tile(tiles: Tiles, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tile i's group, its first row, and one past the last row of that group."""
     starts, ends, last_tiles = tiles
     group = jnp.sum(last_tiles <= i, dtype=jnp.int32)
-    tiles_of_group = (ends[group] - starts[group] + (rows - 1)) // rows
+    tiles_of_group = _tiles_for(ends[group] - starts[group], rows)
     return group, starts[group] + (i - (last_tiles[group] - tiles_of_group)) * rows, ends[group]
 
 

@@ -33,7 +33,9 @@ def gated_mlp(
     """One gated MLP over all rows: a dense layer, or a shared expert without its gate."""
     precision = precision_of(x.dtype)
     both = jnp.einsum("...d,dcf->...cf", x, gate_up, precision=precision)
-    return jnp.einsum("...f,fd->...d", activate(both[..., 0, :], activation) * both[..., 1, :], down, precision=precision)
+    return jnp.einsum(
+        "...f,fd->...d", activate(both[..., 0, :], activation) * both[..., 1, :], down, precision=precision
+    )
 
 
 def shared_expert(
@@ -47,5 +49,7 @@ def shared_expert(
     y = gated_mlp(x, gate_up, down, activation)
     if gate is None:
         return y
-    openness = jax.nn.sigmoid(jnp.einsum("td,d->t", x, gate, precision=precision_of(x.dtype), preferred_element_type=jnp.float32))
+    openness = jax.nn.sigmoid(
+        jnp.einsum("td,d->t", x, gate, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    )
     return y * openness[:, None].astype(y.dtype)

@@ -124,7 +124,11 @@ class MoE(nnx.Module):
         """
         with jax.named_scope("router"):
             logits = jnp.einsum(
-                "...d,de->...e", x, self.router[...], precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+                "...d,de->...e",
+                x,
+                self.router[...],
+                precision=precision_of(x.dtype),
+                preferred_element_type=jnp.float32,
             )
             routing = self.route(logits)
             routing = routing if mask is None else routing.only(mask)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ class HeadShare:
     kv_heads: int
 
     @classmethod
-    def of(cls, layout: HeadLayout, stream: Stream) -> Self:
+    def of(cls, layout: HeadLayout, stream: Stream) -> "HeadShare":
         """The finest even division of the heads under this stream."""
         rank_heads = layout.num_heads // stream.tp_size
         helpers = stream.helpers(rank_heads)

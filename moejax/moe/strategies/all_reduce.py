@@ -38,7 +38,9 @@ def all_reduce(
         outputs = grouped_mlp(rows, params.gate_up, params.down, plan.counts, local.activation)
     with jax.named_scope("combine"):
         pairs = outputs[position].reshape(*routing.experts.shape, -1)
-        y = jnp.einsum("tkd,tk->td", pairs.astype(jnp.float32), plan.weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
+        y = jnp.einsum("tkd,tk->td", pairs.astype(jnp.float32), plan.weights, precision=lax.Precision.HIGHEST).astype(
+            x.dtype
+        )
         if params.shared_gate_up is not None:
             y = y + _shared_part(x, params, local)
         axes = local.ep_axes + local.tp_axes

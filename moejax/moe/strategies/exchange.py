@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from moejax.moe.dispatch import DispatchPlan
 from moejax.moe.experts import grouped_mlp
 from moejax.moe.params import ExpertParams
-from moejax.moe.strategies.cells import Cells, Layout, grouped_rows
+from moejax.moe.strategies.cells import Cells, grouped_rows
 from moejax.moe.strategies.local import Local
 from moejax.moe.strategies.shares import gather_share, scatter_share
 from moejax.sharding import varying
@@ -40,7 +40,9 @@ def exchange(
     # Marked as varying along all axes before the custom gradient, so that the marks' own transpose sums over them.
     axes = local.ep_axes + local.tp_axes + local.others
     share, weights, gate_up, down = (varying(a, axes) for a in (share, plan.weights, params.gate_up, params.down))
-    indices = tuple(varying(a, axes) for a in (plan.expert, plan.rank, plan.counts, counts))
+    cell, place = cells.places(plan, local.ep_size * local.chunks)
+    received = lax.dynamic_index_in_dim(by_slice(counts, local), local.ep_index(), keepdims=False)
+    indices = tuple(varying(a, axes) for a in (cell, place, received))
     if _can_overflow(*weights.shape, cells, local):
         return _repeated((share, weights, gate_up, down), indices, waves, cells, local)
     return _wave((share, weights, gate_up, down), indices, jnp.int32(0), cells, local)
@@ -63,46 +65,45 @@ def _slice_wave(
     local: Local,
 ) -> jax.Array:
     share, weights, gate_up, down = values
-    expert, rank, sent, counts = indices
+    cell, place, received = indices
     slots = local.placement.slots_per_device // local.chunks
     mine = slice(chunk * slots, (chunk + 1) * slots)
-    received = lax.dynamic_index_in_dim(by_slice(counts, local), local.ep_index(), keepdims=False)[:, chunk]
     with jax.named_scope("dispatch"):
-        to_send = cells.layout(sent.reshape(local.ep_size, local.chunks, -1)[:, chunk], wave)
-        row = _rows_of_pairs(expert, rank, to_send, chunk, cells, local)
-        token = _invert(row, local.ep_size * cells.rows) // weights.shape[1]
-        buffer = share.at[token].get(mode="fill", fill_value=0)
-        arrived = gather_share(_swap(buffer, local), gate_up.shape[1], local)
+        row = _rows_of_pairs(cell, place - wave * cells.rows, chunk, cells, local)
+        token = lax.div(_invert(row, local.ep_size * cells.rows), jnp.int32(weights.shape[1]))
+        arrived = gather_share(_swap(_pick(share, token), local), gate_up.shape[1], local)
     with jax.named_scope("experts"):
-        order, sizes = grouped_rows(cells.layout(received, wave), cells.rows)
-        rows = arrived.at[order].get(mode="fill", fill_value=0)
-        outputs = grouped_mlp(rows, gate_up[mine], down[mine], sizes, local.activation)
+        order, sizes = grouped_rows(cells.layout(received[:, chunk], wave), cells.rows)
+        outputs = grouped_mlp(_pick(arrived, order), gate_up[mine], down[mine], sizes, local.activation)
         outputs = scatter_share(outputs, local)
     with jax.named_scope("combine"):
-        back = _swap(outputs.at[_invert(order, order.size)].get(mode="fill", fill_value=0), local)
-        pairs = back.at[row].get(mode="fill", fill_value=0).reshape(*weights.shape, -1)
-        return jnp.einsum("tkd,tk->td", pairs.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(share.dtype)
+        back = _swap(_pick(outputs, _invert(order, order.size)), local)
+        pairs = _pick(back, row).reshape(*weights.shape, -1).astype(jnp.float32)
+        return jnp.einsum("tkd,tk->td", pairs, weights, precision=lax.Precision.HIGHEST).astype(share.dtype)
 
 
 def _rows_of_pairs(
-    expert: jax.Array, rank: jax.Array, layout: Layout, chunk: int, cells: Cells, local: Local
+    cell: Int[Array, " TK"], row: Int[Array, " TK"], chunk: int, cells: Cells, local: Local
 ) -> Int[Array, " TK"]:
-    """Each pair's row in the send buffer; one past its end for pairs of other slices, of other waves, dropped, or going nowhere."""
-    slots = local.placement.slots_per_device // local.chunks
-    receiver, place = expert // local.placement.slots_per_device, expert % local.placement.slots_per_device
-    here = (receiver < local.ep_size) & (place // slots == chunk)
-    at = jnp.minimum(receiver, local.ep_size - 1), place % slots
-    row = rank - layout.skipped[at]
-    here &= (row >= 0) & (row < layout.size[at])
-    return jnp.where(here, receiver * cells.rows + layout.first[at] + row, jnp.int32(local.ep_size * cells.rows))
+    """Each pair's row in the send buffer; one past its end for pairs of other slices and waves, dropped, or unrouted."""
+    chunks = jnp.int32(local.chunks)
+    here = (lax.rem(cell, chunks) == chunk) & (row >= 0) & (row < cells.rows)
+    return jnp.where(here, lax.div(cell, chunks) * cells.rows + row, jnp.int32(local.ep_size * cells.rows))
+
+
+def _pick(rows: Float[Array, "M d"], index: Int[Array, " N"]) -> Float[Array, "N d"]:
+    """The rows at `index`; zeros where it is past the end."""
+    return rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:
-    """`inverse[positions[i]] = i`; where nothing points, an index past any array's end, so that a filling gather gives zeros."""
+    """`inverse[positions[i]] = i`; where nothing points, an index past any array's end, for which `_pick` gives zeros."""
     nothing = varying(
         jnp.full(size, jnp.iinfo(jnp.int32).max, jnp.int32), sorted(jax.typeof(positions).manual_axis_type.varying)
     )
-    return nothing.at[positions].set(jnp.arange(positions.size, dtype=jnp.int32), mode="drop")
+    return nothing.at[positions].set(
+        jnp.arange(positions.size, dtype=jnp.int32), mode="drop", wrap_negative_indices=False
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
