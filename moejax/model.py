@@ -100,9 +100,7 @@ class Decoder(nnx.Module):
             return sharded_param(value * jnp.asarray(config.hidden_size**-0.5, dtype), mesh, "tp", None)
 
         self.embed = table()
-        self.layers = nnx.List(
-            [Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype) for i in range(config.num_layers)]
-        )
+        self.layers = nnx.List([Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
         self.norm = sharded_param(jnp.ones(config.hidden_size, dtype), mesh, None)
         self.lm_head = None if config.tie_word_embeddings else table()
 

@@ -1,9 +1,9 @@
 """Continues prompts: text or ids in, text and ids out."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-import time
 
 import numpy as np
 
@@ -174,7 +174,9 @@ def encode_prompts(model: LanguageModel, prompts: Sequence[Prompt], chat: bool =
       MoejaxError: no prompts, an empty one, text without a tokenizer, ids outside the vocabulary.
     """
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence | np.ndarray):
-        raise MoejaxError(f"prompts must be a list of texts or of id lists, got {type(prompts).__name__}; wrap it in [ ]")
+        raise MoejaxError(
+            f"prompts must be a list of texts or of id lists, got {type(prompts).__name__}; wrap it in [ ]"
+        )
     if not len(prompts):
         raise MoejaxError("there are no prompts; give at least one")
     return [_encode(model, i, prompt, chat) for i, prompt in enumerate(prompts)]

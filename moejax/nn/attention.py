@@ -5,7 +5,7 @@ sum over the devices at the end puts the output together. The heads themselves a
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         bias = params.pop("o_bias", None)
         specs = {name: stream.spec(*self._cut(name)) for name in params}
 
-        def local(params: Params, x: jax.Array, rope: tuple[jax.Array, jax.Array], *extras: jax.Array):
+        def local(params: Params, x: jax.Array, rope: tuple[jax.Array, jax.Array], *extras: Any):
             mine = share.take(params)
             q, k, v = self._project(mine, x, rope, share)
             out, cache = mix(q, k, v, *extras)

@@ -10,7 +10,7 @@ from moejax.precision import precision_of
 from moejax.sharding import psum
 
 
-def embed(tokens: Int[Array, "B S"], table: Float[Array, "V D"], stream: Stream) -> Float[Array, "B S D"]:
+def embed(tokens: Int[Array, "B S"], table: Float[Array, "Vp D"], stream: Stream) -> Float[Array, "B S D"]:
     """Each token's row of the table; every device looks up the rows it has, and one sum over `tp` fills the rest."""
 
     def local(tokens: jax.Array, table: jax.Array) -> jax.Array:
@@ -26,11 +26,11 @@ def embed(tokens: Int[Array, "B S"], table: Float[Array, "V D"], stream: Stream)
 
 
 def head_logits(
-    x: Float[Array, "B S D"], head: Float[Array, "V D"], vocab_size: int, stream: Stream
+    x: Float[Array, "B S D"], head: Float[Array, "Vp D"], vocab_size: int, stream: Stream
 ) -> Float[Array, "B S V"]:
     """Logits in f32, cut over `tp` (and over `ep` where the stream is replicated and the rows divide).
 
-    The head's padding rows, which make the vocabulary divisible, are cut off.
+    The padding rows that make the head divisible (Vp of them in all) are cut off.
     """
     helpers = stream.helpers(head.shape[0] // stream.tp_size)
 

@@ -3,7 +3,6 @@
 Where the tensor axis does not divide D (or has one device), whole rows travel and results stay partial sums until `whole`.
 """
 
-import jax
 from jax import lax
 from jaxtyping import Array, Float
 

@@ -1,0 +1,113 @@
+"""`moejax verify`: prove that meshes and strategies compute what one device computes."""
+
+import argparse
+import json
+import time
+
+from jax.sharding import Mesh
+from rich.table import Table
+
+from moejax import distributed
+from moejax.commands.common import DTYPES, base_parser, run
+from moejax.commands.session import agree_on, console, log
+from moejax.errors import MoejaxError
+from moejax.mesh import MeshShape, make_mesh, parse_mesh
+from moejax.verification.compare import Row
+from moejax.verification.run import Verifier
+
+DEFAULT_MESHES = ("ep=1,tp=1", "ep=4,tp=1", "ep=1,tp=4", "ep=4,tp=2", "ep=2,tp=4")
+STRATEGIES = ("all_to_all", "all_reduce")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 1 when a row is outside the numerics contract."""
+    return run(_verify, _parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "moejax verify",
+        "Compare logits, routing, hidden states, every expert and greedy tokens with one device's, for each mesh and "
+        "strategy. The oracle is streamed a layer at a time, so the model may be larger than one device.",
+        "moejax verify --model demo --meshes ep=1,tp=1 ep=4,tp=2 --platform cpu",
+    )
+    parser.add_argument(
+        "--model", default="demo", metavar="M", help='a folder, a hub id "org/name[@revision]" or "demo" (default)'
+    )
+    parser.add_argument("--meshes", nargs="+", metavar="ep=A,tp=B", help=f"default: {' '.join(DEFAULT_MESHES)}")
+    parser.add_argument(
+        "--strategies", nargs="+", choices=("auto", *STRATEGIES), default=STRATEGIES, help="default: both strategies"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="default float32, compared to 1e-5; 16-bit dtypes by agreement of the best token and KL divergence",
+    )
+    return parser
+
+
+def _verify(args: argparse.Namespace) -> int:
+    options = {name: value for name, value in vars(args).items() if name != "process_id"}
+    folder = agree_on(args, options)
+    meshes = _meshes(args)
+    verifier = Verifier(folder, args.dtype)
+    log(f"oracle    one device, a layer at a time; {len(verifier.prompts)} prompts of random ids, greedy continuations")
+    rows = []
+    began = time.perf_counter()
+    with console.status("") as status:
+        jobs = [(mesh, strategy) for mesh in meshes for strategy in args.strategies]
+        for number, (mesh, strategy) in enumerate(jobs, 1):
+            shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            status.update(f"{number} of {len(jobs)}: {shape} {strategy}")
+            rows += verifier.rows([mesh], [strategy])
+            log(f"{'ok  ' if rows[-1].ok else 'BAD '} {shape} {strategy} ({time.perf_counter() - began:.0f} s)")
+    ok = all(row.ok for row in rows)
+    if args.json:
+        print(json.dumps({"rows": [row.as_json() for row in rows], "ok": ok}))
+    else:
+        _print_table(rows)
+    return 0 if ok else 1
+
+
+def _meshes(args: argparse.Namespace) -> list[Mesh]:
+    """The meshes, the largest made first so that there are virtual devices for all."""
+    texts = args.meshes or DEFAULT_MESHES
+    shapes = [parse_mesh(text) for text in texts]
+    made: dict[MeshShape, Mesh] = {}
+    for shape in sorted(set(shapes), key=lambda shape: -shape.size):
+        try:
+            made[shape] = make_mesh(str(shape), platform=args.platform)
+        except MoejaxError as error:
+            if args.meshes:
+                raise
+            log(f"left out  {shape}: {error}")
+    if not made:
+        raise MoejaxError("none of the default meshes fits these devices; name one with --meshes")
+    return [made[shape] for shape in shapes if shape in made]
+
+
+def _print_table(rows: list[Row]) -> None:
+    if not distributed.is_main():
+        return
+    narrow = rows[0].kl is not None
+    table = Table("mesh", "strategy", "max rel. error", "greedy", "dropped", "ties", "min. margin", "bad layer", "ok")
+    if narrow:
+        table.add_column("same best id")
+        table.add_column("KL, nats")
+    for row in rows:
+        cells = [
+            row.mesh,
+            row.strategy,
+            f"{row.max_rel_err:.1e}",
+            "same" if row.greedy_match else "DIFFERS",
+            str(row.dropped),
+            str(row.ties),
+            "-" if row.min_margin is None else f"{row.min_margin:.1e}",
+            "-" if row.first_bad_layer is None else str(row.first_bad_layer),
+            "yes" if row.ok else "NO",
+        ]
+        table.add_row(*cells, *([f"{row.argmax_agreement:.1%}", f"{row.kl:.1e}"] if narrow else []))
+    from rich.console import Console
+
+    Console().print(table)

@@ -1,0 +1,179 @@
+"""Judges a model on a mesh against the oracle, as the numerics contract says.
+
+Two computations may choose differently only where the oracle itself is undecided: at a *tie*, a token where its k-th and (k+1)-th
+selection scores, or its two best logits, are closer than TIE of the largest. A sequence is compared up to its first tie.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from moejax.verification.oracle import Reference
+
+TIE = 1e-5
+F32_TOLERANCE = 1e-5
+"""max|a - b| / max|b| over a batch's logits, in float32."""
+NARROW_KL = 5e-2
+"""Largest mean KL divergence, in nats a token, that a 16-bit dtype may show."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the model under test computed for the reference's sequences; host arrays, padding included."""
+
+    logits: Float[np.ndarray, "B S V"]
+    hidden_states: list[Float[np.ndarray, "B S D"]]
+    experts: list[Int[np.ndarray, "B S K"]]
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict on one mesh and strategy.
+
+    Attributes:
+      mesh, strategy: what ran.
+      max_rel_err: largest error of the logits over their largest magnitude.
+      greedy_match: the generated tokens are the oracle's best, up to each sequence's first tie.
+      dropped: pairs dropped, in all calls.
+      ties: sequences that end in a tie before their last token.
+      min_margin: the smallest gap between the oracle's choice and the next best, relative, over all compared tokens.
+      first_bad_layer: the first layer whose output or experts are wrong, "embedding", "head", or None.
+      argmax_agreement, kl: share of tokens with the same best id, and mean KL divergence in nats; 16-bit dtypes only.
+      ok: within the contract.
+    """
+
+    mesh: str
+    strategy: str
+    max_rel_err: float
+    greedy_match: bool
+    dropped: int
+    ties: int
+    min_margin: float | None
+    first_bad_layer: int | str | None
+    ok: bool
+    argmax_agreement: float | None = None
+    kl: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as the command prints it; the 16-bit figures only where they were measured."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if k not in ("argmax_agreement", "kl") or v is not None}
+
+
+def judge(
+    name: str,
+    strategy: str,
+    reference: Reference,
+    observed: Observed,
+    tokens: Int[np.ndarray, "B S"],
+    prompts: Int[np.ndarray, " B"],
+    lengths: Int[np.ndarray, " B"],
+    expert_errors: dict[int, float],
+    sparse: list[int],
+    narrow: bool,
+) -> Row:
+    """One row.
+
+    Args:
+      name, strategy: for the row.
+      reference, observed: the same sequences by the oracle and by the model.
+      tokens: the sequences: prompts and what the model generated after them, right-padded.
+      prompts, lengths: tokens of each prompt, and of each whole sequence.
+      expert_errors: for each sparse layer the relative error of its experts under forced routing.
+      sparse: the sparse layers' indices.
+      narrow: a 16-bit dtype, judged by agreement and divergence.
+    """
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    routing, greedy = routing_margins(reference), logit_margins(reference)
+    generated = real & (np.arange(tokens.shape[1]) >= (prompts - 1)[:, None])
+    generated &= np.arange(tokens.shape[1]) < (lengths - 1)[:, None]
+    tied = real & (routing < TIE) | generated & (greedy < TIE)
+    before_tie = real & (np.cumsum(tied, axis=1) == 0)
+    match = _greedy_match(reference, tokens, before_tie & generated)
+    error = relative_error(observed.logits, reference.logits, before_tie)
+    margins = np.minimum(np.where(generated, greedy, np.inf), routing)[before_tie]
+    common = {
+        "mesh": name,
+        "strategy": strategy,
+        "max_rel_err": error,
+        "greedy_match": match,
+        "dropped": observed.dropped,
+        "ties": int(tied.any(axis=1).sum()),
+        "min_margin": float(margins.min()) if margins.size and np.isfinite(margins.min()) else None,
+    }
+    if narrow:
+        agreement, kl = _agreement(reference, observed, real)
+        worst = max(expert_errors.values(), default=0.0)
+        ok = kl <= NARROW_KL and worst <= NARROW_KL and observed.dropped == 0
+        bad = next((layer for layer, e in expert_errors.items() if e > NARROW_KL), None)
+        return Row(**common, first_bad_layer=bad, ok=bool(ok), argmax_agreement=agreement, kl=kl)
+    bad = _first_bad_layer(reference, observed, before_tie, expert_errors, sparse)
+    if bad is None and not error <= F32_TOLERANCE:
+        bad = "head"
+    ok = bad is None and match and observed.dropped == 0
+    return Row(**common, first_bad_layer=bad, ok=bool(ok))
+
+
+def relative_error(a: np.ndarray, b: np.ndarray, where: Bool[np.ndarray, "B S"]) -> float:
+    """max|a - b| / max|b| over the tokens of `where`; infinite where `a` is not finite."""
+    if not where.any():
+        return 0.0
+    a, b = a[where].astype(np.float64), b[where].astype(np.float64)
+    error = np.abs(a - b).max() / max(np.abs(b).max(), np.finfo(np.float32).tiny)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def routing_margins(reference: Reference) -> Float[np.ndarray, "B S"]:
+    """For each token the smallest gap, over layers, between k-th and (k+1)-th selection score, over the largest score."""
+    margins = np.full(reference.logits.shape[:2], np.inf)
+    for scores, experts in zip(reference.scores, reference.experts, strict=True):
+        k = experts.shape[-1]
+        if k < scores.shape[-1]:
+            ranked = -np.sort(-scores, axis=-1)
+            margins = np.minimum(margins, (ranked[..., k - 1] - ranked[..., k]) / np.abs(ranked).max(-1))
+    return margins
+
+
+def logit_margins(reference: Reference) -> Float[np.ndarray, "B S"]:
+    """For each token the gap between its two best logits, over the largest magnitude."""
+    best = -np.partition(-reference.logits, 1, axis=-1)[..., :2]
+    return (best[..., 0] - best[..., 1]) / np.abs(reference.logits).max(-1)
+
+
+def _greedy_match(reference: Reference, tokens: np.ndarray, where: np.ndarray) -> bool:
+    following = np.roll(tokens, -1, axis=1)
+    return bool((reference.logits.argmax(-1) == following)[where].all())
+
+
+def _first_bad_layer(
+    reference: Reference, observed: Observed, where: np.ndarray, expert_errors: dict[int, float], sparse: list[int]
+) -> int | str | None:
+    """Walks up the layers: a layer is bad when its experts, its routing or its output are off while its input was right."""
+    states = list(zip(observed.hidden_states, reference.hidden_states, strict=True))
+    if relative_error(*states[0], where) > F32_TOLERANCE:
+        return "embedding"
+    for layer in range(len(states) - 1):
+        if not expert_errors.get(layer, 0.0) <= F32_TOLERANCE:
+            return layer
+        if layer in sparse:
+            at = sparse.index(layer)
+            chosen = (np.sort(x[at], axis=-1) for x in (observed.experts, reference.experts))
+            if not np.equal(*chosen).all(-1)[where].all():
+                return layer
+        if not relative_error(*states[layer + 1], where) <= F32_TOLERANCE:
+            return layer
+    return None
+
+
+def _agreement(reference: Reference, observed: Observed, where: np.ndarray) -> tuple[float, float]:
+    """Share of tokens with the same best id, and the mean KL divergence from the oracle in nats."""
+    p, q = (_log_softmax(x[where].astype(np.float64)) for x in (reference.logits, observed.logits))
+    return float((p.argmax(-1) == q.argmax(-1)).mean()), float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
