@@ -35,8 +35,8 @@ class RouterConfig:
 class MoEConfig:
     """One mixture-of-experts block.
 
-    `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a sigmoid of
-    a learned projection of its input (Qwen2-MoE).
+    `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
+    sigmoid of a learned projection of its input (Qwen2-MoE).
     """
 
     hidden_size: int

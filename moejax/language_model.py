@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,38 +45,16 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @overload
     def __call__(
         self,
         tokens: ArrayLike | Sequence[Sequence[int]],
         *,
-        segment_ids: ArrayLike | None = ...,
-        positions: ArrayLike | None = ...,
-        attention_mask: ArrayLike | None = ...,
-        output_router_logits: Literal[False] = ...,
-        output_hidden_states: Literal[False] = ...,
-    ) -> Float[Array, "B S V"]: ...
-    @overload
-    def __call__(
-        self,
-        tokens: ArrayLike | Sequence[Sequence[int]],
-        *,
-        segment_ids: ArrayLike | None = ...,
-        positions: ArrayLike | None = ...,
-        attention_mask: ArrayLike | None = ...,
-        output_router_logits: bool = ...,
-        output_hidden_states: bool = ...,
-    ) -> Float[Array, "B S V"] | Forward: ...
-    def __call__(
-        self,
-        tokens,
-        *,
-        segment_ids=None,
-        positions=None,
-        attention_mask=None,
-        output_router_logits=False,
-        output_hidden_states=False,
-    ):
+        segment_ids: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Float[Array, "B S V"] | Forward:
         """Logits for every token of whole sequences; compiled once for each shape.
 
         Args:

@@ -87,7 +87,8 @@ class Forward:
 class Decoder(nnx.Module):
     """A decoder-only mixture-of-experts language model on an ("ep", "tp") mesh.
 
-    Parameters: `embed [V, D]`, `layers` (an nnx.List of Block), `norm [D]` and, unless embeddings are tied, `lm_head [V, D]`.
+    Parameters: `embed [V, D]`, `layers` (nnx.List of Block), `norm [D]` and, unless embeddings are tied, `lm_head
+    [V, D]`.
     """
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -114,7 +115,7 @@ class Decoder(nnx.Module):
         router_logits: bool = False,
         hidden_states: bool = False,
     ) -> Forward:
-        """Logits of whole sequences. B is `lie.rows`; segment 0 is padding, positions feed the rotary embedding only."""
+        """Logits of whole sequences. B is `lie.rows`; segment 0 is padding, positions feed the rotary embedding."""
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         rope = self._rope(positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []

@@ -58,7 +58,8 @@ def _experts(model: LanguageModel) -> str:
     empty = placement.slots - placement.num_experts
     width = -(-config.moe.intermediate_size // model.mesh.shape["tp"])
     return (
-        f"mesh      {describe(model.mesh)}: {placement.num_experts} experts in {placement.slots_per_device} slots a device"
+        f"mesh      {describe(model.mesh)}: "
+        f"{placement.num_experts} experts in {placement.slots_per_device} slots a device"
         + (f" ({empty} of {placement.slots} slots empty)" if empty else "")
         + f", {width} of {config.moe.intermediate_size} hidden columns each"
     )
@@ -93,7 +94,7 @@ def _bytes(model: LanguageModel) -> str:
 
 
 def explain_lines(model: LanguageModel, batch: int, prompt_tokens: int = 512) -> list[str]:
-    """What `--explain` adds: the exchange of one layer, for a prefill of `prompt_tokens` a row and for a decode step."""
+    """What `--explain` adds: a layer's exchange, for a prefill of `prompt_tokens` a row and for a decode step."""
     return [_explain(model, batch, name, tokens) for name, tokens in (("prefill", prompt_tokens), ("decode", 1))]
 
 

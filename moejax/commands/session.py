@@ -53,7 +53,7 @@ def load_model(args: argparse.Namespace, folder: Path, mesh: Mesh, **options: ob
     began = time.perf_counter()
     if ignored := unknown_fields(read_json(folder, "config.json")):
         log(f"warning: config.json has fields that moejax does not know and ignores: {', '.join(ignored)}")
-    with loading_bar(f"loading {args.model}") as progress:
+    with LoadingBar(f"loading {args.model}") as progress:
         model = load(folder, mesh=mesh, dtype=args.dtype, progress=progress, **options)  # type: ignore[arg-type]
     return model, time.perf_counter() - began
 
@@ -64,7 +64,7 @@ def mesh_for(args: argparse.Namespace, folder: Path) -> Mesh:
     return make_mesh(args.mesh, num_experts=experts, platform=args.platform)
 
 
-class loading_bar:
+class LoadingBar:
     """A progress bar on stderr, where that is a terminal; gives the callback that moves it."""
 
     def __init__(self, title: str):

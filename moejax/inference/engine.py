@@ -69,8 +69,8 @@ class Drawn:
 class Engine:
     """Runs one batch: `start` prefills and draws the first tokens, `step` draws one more for each row.
 
-    Programs are compiled just before they first run, timed apart (`compile_s`), and kept by the model for batches of the same
-    shape. What a step consumes is donated, so that caches are updated in place.
+    Programs are compiled just before they first run, timed apart (`compile_s`), and kept by the model for batches of
+    the same shape. What a step consumes is donated, so that caches are updated in place.
     """
 
     def __init__(self, model: LanguageModel, batch: int, draw: Draw, seed: int):

@@ -112,8 +112,9 @@ def generate(
 ) -> list[Generation]:
     """Continues each prompt until an end-of-sequence id, a stop string or the length.
 
-    Settings left at None are the checkpoint's (`generation_config.json`), else greedy decoding of 32 tokens. The same seed gives the
-    same tokens on every mesh (in f32), alone or in a batch: each prompt and position has its own random key.
+    Settings left at None are the checkpoint's (`generation_config.json`), else greedy decoding of 32 tokens. The same
+    seed gives the same tokens on every mesh (in f32), alone or in a batch: each prompt and position has its own random
+    key.
 
     Args:
       model: from `moejax.load`.

@@ -74,7 +74,9 @@ def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, " B"]) -> Bool[Array,
     return seen.at[jnp.arange(seen.shape[0]), tokens].set(True)
 
 
-def request_keys(seed: int, requests: Int[Array, " B"], positions: Int[Array, " B"]) -> Key[Array, " B"]:
+def request_keys(
+    seed: int | Int[Array, ""], requests: Int[Array, " B"], positions: Int[Array, " B"]
+) -> Key[Array, " B"]:
     """The key of each row's next token: fold_in(fold_in(key(seed), request), position).
 
     Args:

@@ -1,7 +1,8 @@
 """One matrix product for each group of consecutive rows, the group sizes known only at run time.
 
-XLA's own `ragged_dot` is a dense expansion on CPU and GPU (every row times every group's matrix). Here a loop walks over tiles
-of rows that belong to one group: the work is that of the rows present, and matrices of empty groups are never read.
+XLA's own `ragged_dot` is a dense expansion on CPU and GPU (every row times every group's matrix). Here a loop walks
+over tiles of rows that belong to one group: the work is that of the rows present, and matrices of empty groups are
+never read.
 """
 
 from typing import TypeAlias
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from moejax.precision import precision_of
 from moejax.sharding import pad_axis, varying_as
 
-LARGEST_TILE = 128  # rows; larger tiles waste more on half-filled ones than they gain (measured: 64 and 128 best, 512 twice slower)
+LARGEST_TILE = 128
+"""Rows. Larger tiles waste more on half-filled ones than they gain: 64 and 128 measured best, 512 twice slower."""
 
 Tiles: TypeAlias = tuple[Int[Array, " G"], Int[Array, " G"], Int[Array, " G"]]
 
@@ -30,12 +32,13 @@ def grouped_matmul(
       group_sizes: rows of each group, int32, their sum at most M.
 
     Returns:
-      The products, in x's dtype, accumulated in f32. Differentiable in `x` and `w`; the gradient of an empty group's matrix is
-      zero.
+      The products, in x's dtype, accumulated in f32. Differentiable in `x` and `w`; the gradient of an empty group's
+      matrix is zero.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
-    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right devices.
+    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
+    # devices.
     return _grouped_matmul(varying_as(x, w, group_sizes), varying_as(w, x, group_sizes), varying_as(group_sizes, x, w))
 
 

@@ -26,8 +26,8 @@ def check_strategy(strategy: str) -> None:
 def choose(strategy: str, rows: int, ep_size: int) -> Choice:
     """Picks the strategy for a block whose leading axis (batch, or tokens) has `rows` entries a data-parallel group.
 
-    Tokens cut over the expert axis must travel to their experts; tokens that every device holds already need no exchange, only the
-    sum at the end.
+    Tokens cut over the expert axis must travel to their experts; tokens that every device holds already need no
+    exchange, only the sum at the end.
 
     Raises:
       MoejaxError: the name is no strategy.

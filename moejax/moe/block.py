@@ -42,22 +42,26 @@ def moe(
 ) -> tuple[Float[Array, "*T D"], Accounting]:
     """Sends each token to its chosen experts and sums their outputs with the routing weights.
 
-    The result is that of `dense_moe` on one device, whatever the mesh, the strategy and the routing; differentiable in `x`, `params`
-    and `routing.weights`. Works inside jit, grad, checkpoint and other people's modules; not inside another shard_map.
+    The result is that of `dense_moe` on one device, whatever the mesh, the strategy and the routing; differentiable in
+    `x`, `params` and `routing.weights`. Works inside jit, grad, checkpoint and other people's modules; not inside
+    another shard_map.
 
     Args:
       x: tokens `[T, D]`, or `[B, S, D]`; the leading axis is the one that is cut.
-      params: stacked experts. Where ep does not divide them, or tp their hidden width, they are padded here, at the cost of a copy.
+      params: stacked experts. Where ep does not divide them, or tp their hidden width, they are padded here, at the
+        cost of a copy.
       routing: choices and weights for each token, `[T, K]` or with x's leading axes. Expert -1 means nowhere.
       ep_axis: mesh axis that experts are cut over.
       tp_axis: mesh axis that each expert's hidden width is cut over.
-      batch_axes: mesh axes that cut x's leading axis, such as `("dp", "ep")`. None: only `ep_axis`, and only under `all_to_all`.
+      batch_axes: mesh axes that cut x's leading axis, such as `("dp", "ep")`. None: only `ep_axis`, and only under
+        `all_to_all`.
       mesh: the mesh; None takes the one of `jax.set_mesh`, and without one the block runs on one device.
-      strategy: "all_to_all" (tokens cut over ep), "all_reduce" (tokens replicated over ep), or "auto": all_to_all where the leading
-        axis can be cut.
-      capacity_factor: None is exact. A number is GShard's: each sender has `ceil(capacity_factor T K / E)` rows for an expert and
-        drops later tokens' pairs, which `Accounting.dropped` counts. Only for all_to_all.
-      chunks: all_to_all in this many slices of the local experts, so that a transfer can hide behind another slice's computation.
+      strategy: "all_to_all" (tokens cut over ep), "all_reduce" (tokens replicated over ep), or "auto": all_to_all where
+        the leading axis can be cut.
+      capacity_factor: None is exact. A number is GShard's: each sender has `ceil(capacity_factor T K / E)` rows for an
+        expert and drops later tokens' pairs, which `Accounting.dropped` counts. Only for all_to_all.
+      chunks: all_to_all in this many slices of the local experts, so that a transfer can hide behind another slice's
+        computation.
       num_experts: E, where `params` already holds empty slots behind the experts.
 
     Returns:
@@ -71,13 +75,14 @@ def moe(
     others = tuple(axis for axis in (batch_axes or ()) if axis != ep_axis)
     ep, tp, groups = axis_size(mesh, ep_axis), axis_size(mesh, tp_axis), axis_size(mesh, others)
     choice = _choice(strategy, capacity_factor, batch_axes, ep_axis, x.shape[0] // groups, ep)
+    placement = Placement(num_experts or params.gate_up.shape[0], ep)  # before empty slots are added
     params = fill_up(params, ep, tp)
     local = Local(
         ep=ep_axis if ep > 1 else None,
         tp=tp_axis if tp > 1 else None,
         others=live_axes(mesh, others),
         tp_size=tp,
-        placement=Placement(num_experts or params.gate_up.shape[0], ep),
+        placement=placement,
         activation=activation,
         capacity_factor=capacity_factor,
         chunks=chunks,
@@ -152,8 +157,8 @@ def _choice(
         choice = Choice("all_reduce", f"every device along {ep_axis} holds all tokens")
     if choice.strategy == "all_reduce" and ep_axis in (batch_axes or ()) and ep > 1:
         raise MoejaxError(
-            f"strategy all_reduce needs tokens replicated over {ep_axis!r}, but batch_axes={tuple(batch_axes or ())} cuts them "
-            "over it; leave it out of batch_axes, or use all_to_all"
+            f"strategy all_reduce needs tokens replicated over {ep_axis!r}, but batch_axes={tuple(batch_axes or ())} "
+            "cuts them over it; leave it out of batch_axes, or use all_to_all"
         )
     return choice
 
@@ -164,7 +169,8 @@ def _check_axes(mesh: AnyMesh | None, axes: Sequence[str]) -> None:
     for axis in axes:
         if axis not in mesh.shape:
             raise MoejaxError(
-                f"the mesh has no axis {axis!r}, only {tuple(mesh.shape)}; name yours with ep_axis=, tp_axis=, batch_axes="
+                f"the mesh has no axis {axis!r}, only {tuple(mesh.shape)}; "
+                "name yours with ep_axis=, tp_axis=, batch_axes="
             )
     manual = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
     if manual:
@@ -182,6 +188,6 @@ def _check_options(choice: Choice, params: ExpertParams, local: Local) -> None:
         )
     if params.gate_up.shape[0] != local.placement.slots:
         raise MoejaxError(
-            f"{params.gate_up.shape[0]} stacked experts for num_experts={local.placement.num_experts} on ep={local.ep_size}; "
-            f"there must be {local.placement.slots} slots"
+            f"{params.gate_up.shape[0]} stacked experts for num_experts={local.placement.num_experts} "
+            f"on ep={local.ep_size}; there must be {local.placement.slots} slots"
         )

@@ -1,8 +1,9 @@
 """The dispatch plan: integer bookkeeping between a routing and the exchange of rows.
 
-A *pair* is one (token, chosen expert); T tokens have T * K of them, numbered token by token. The plan sorts pairs by the slot of
-their expert, earlier tokens first, and knows how many there are for each. That is all the fast path needs. The dense view of GShard
-(one-hot tensors over token, expert, capacity) says the same thing and is made from it on demand.
+A *pair* is one (token, chosen expert); T tokens have T * K of them, numbered token by token. The plan sorts pairs by
+the slot of their expert, earlier tokens first, and knows how many there are for each. That is all the fast path needs.
+The dense view of GShard (one-hot tensors over token, expert, capacity) says the same thing and is made from it on
+demand.
 """
 
 import jax
@@ -42,7 +43,8 @@ class DispatchPlan:
         """GShard's dispatch tensor: true where token t is row c of expert e. Pairs of rank >= capacity are dropped.
 
         Args:
-          capacity: C, rows for each expert; T (nothing can be dropped, an expert is chosen once by a token) unless given.
+          capacity: C, rows for each expert; T (nothing can be dropped, an expert is chosen once by a token) unless
+            given.
         """
         return self._one_hot_TKEC(capacity).any(1)
 

@@ -50,9 +50,10 @@ class Parallel:
 class MoE(nnx.Module):
     """Router, stacked experts and, where the config has one, a shared expert.
 
-    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` and, for a shared expert, `shared_gate_up
-    [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`. Experts are annotated with `(ep, tp)`: slots over `ep`, hidden width over
-    `tp`, both zero-padded to what the mesh divides. The same `rngs` give the same layer on every mesh.
+    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` and, for a shared expert,
+    `shared_gate_up [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`. Experts are annotated with `(ep, tp)`: slots
+    over `ep`, hidden width over `tp`, both zero-padded to what the mesh divides. The same `rngs` give the same layer on
+    every mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, moejax

@@ -14,8 +14,8 @@ class ExpertParams:
     """Stacked experts and, where a model has one, the shared expert that every token visits.
 
     Attributes:
-      gate_up: `gate_up[:, :, 0]` is the gate projection and `gate_up[:, :, 1]` the up projection, kept apart so that cutting F
-        over the tensor axis never mixes them.
+      gate_up: `gate_up[:, :, 0]` is the gate projection and `gate_up[:, :, 1]` the up projection, kept apart so that
+        cutting F over the tensor axis never mixes them.
       down: the projection back.
       shared_gate_up, shared_down: the same for the shared expert, or None.
       shared_gate: its sigmoid gate's projection, or None for a shared expert without a gate.

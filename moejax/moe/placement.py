@@ -1,7 +1,7 @@
 """Which physical slot holds which expert: the only place that knows.
 
-Experts live in stacked arrays of `slots` entries, cut into equal parts over the expert axis. When that axis does not divide the
-experts, the last slots stay empty: they hold zeros and no token is ever sent there.
+Experts live in stacked arrays of `slots` entries, cut into equal parts over the expert axis. When that axis does not
+divide the experts, the last slots stay empty: they hold zeros and no token is ever sent there.
 """
 
 from dataclasses import dataclass

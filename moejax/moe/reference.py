@@ -15,7 +15,7 @@ from moejax.moe.router import Routing
 def dense_moe(
     x: Float[Array, "T D"], params: ExpertParams, routing: Routing, activation: Activation = "silu"
 ) -> Float[Array, "T D"]:
-    """Runs every expert on every token and sums with the routing weights, which are 0 where an expert was not chosen."""
+    """Runs every expert on every token and sums with the routing weights, 0 where an expert was not chosen."""
     y = jnp.zeros(x.shape, jnp.float32)
     for expert in range(params.gate_up.shape[0]):
         chosen = jnp.where(routing.experts == expert, routing.weights, 0.0).sum(-1)

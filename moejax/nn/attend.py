@@ -17,8 +17,8 @@ def attend(
 ) -> Float[Array, "B S N H"]:
     """Softmax attention of N query heads over G key/value heads, consecutive N / G heads sharing one.
 
-    Scores and softmax are f32, probabilities are rounded to v's dtype, as transformers' eager attention does. A query that sees
-    nothing (padding) gets the mean of all values: finite, and never used.
+    Scores and softmax are f32, probabilities are rounded to v's dtype, as transformers' eager attention does. A query
+    that sees nothing (padding) gets the mean of all values: finite, and never used.
     """
     batch, length, heads, width = q.shape
     groups = k.shape[1]
@@ -37,7 +37,8 @@ def attend_causal(
     segments: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B S N H"]:
-    """Attention of a sequence over itself: earlier tokens of the same segment, at most `window` of them with the token itself.
+    """Attention of a sequence over itself: earlier tokens of the same segment, at most `window` of them with the token
+    itself.
 
     Args:
       q, k, v: queries, keys and values of the same S tokens.

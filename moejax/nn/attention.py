@@ -1,7 +1,8 @@
 """Self-attention over heads cut across the mesh.
 
-Each device holds whole heads: over `tp` as the parameters lie, and, where the stream is replicated over `ep`, its block of those. One
-sum over the devices at the end puts the output together. The heads themselves are laid out by `head_layout`.
+Each device holds whole heads: over `tp` as the parameters lie, and, where the stream is replicated over `ep`, its block
+of those. One sum over the devices at the end puts the output together. The heads themselves are laid out by
+`head_layout`.
 """
 
 from collections.abc import Callable
@@ -42,9 +43,11 @@ CUTS: dict[str, tuple[str | None, ...]] = {
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embeddings; parameters `q k v [D, heads, H]`, `o [heads, H, D]`, biases and norms.
+    """Grouped-query attention with rotary embeddings; parameters `q k v [D, heads, H]`, `o [heads, H, D]`, biases and
+    norms.
 
-    Query heads are zero-padded to a multiple of tp and key/value heads repeated where tp devices share one; see `head_layout`.
+    Query heads are zero-padded to a multiple of tp and key/value heads repeated where tp devices share one; see
+    `head_layout`.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], rope: tuple[jax.Array, jax.Array], segments: Int[Array, "B S"], stream: Stream
     ) -> Float[Array, "B S D"]:
-        """Attention of whole sequences over themselves; `rope` is (cosine, sine) `[B, S, H/2]`, `segments` 0 is padding."""
+        """Attention of whole sequences over themselves; `rope` is (cosine, sine) `[B, S, H/2]`; segment 0 pads."""
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, None]:
             return attend_causal(q, _heads_first(k), _heads_first(v), segments, self.window), None
@@ -151,7 +154,7 @@ class Attention(nnx.Module):
         stream: Stream,
         returns_cache: bool = False,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Projects, lets `mix` attend over the local heads, projects back and sums over the devices that hold other heads."""
+        """Projects, lets `mix` attend over the local heads, projects back and sums over devices with other heads."""
         share = self.share(stream)
         params = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
         bias = params.pop("o_bias", None)
@@ -199,7 +202,7 @@ class Attention(nnx.Module):
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
     def _norm_full(self, q: jax.Array, k: jax.Array, params: Params, share: HeadShare) -> tuple[jax.Array, jax.Array]:
-        """Norm over the values of all heads together: the sums of squares travel in one collective, each head counted once."""
+        """Norm over all heads together: the sums of squares travel in one collective, each head counted once."""
         counts = share.kv_weights()
         squares_q = jnp.square(q.astype(jnp.float32)).sum((-1, -2))
         squares_k = jnp.einsum("bsgh,g->bs", jnp.square(k.astype(jnp.float32)), counts, precision=lax.Precision.HIGHEST)

@@ -46,9 +46,10 @@ class Block(nnx.Module):
         parallel: Parallel,
     ) -> tuple[Float[Array, "B S D"], MoEDetails | None]:
         """Whole sequences; segment 0 is padding, which goes to no expert."""
-        return self._run(
+        y, _, details = self._run(
             x, lambda h: (self.attention(h, rope, segments, stream), None), segments > 0, stream, parallel
-        )[::2]
+        )
+        return y, details
 
     def prefill(
         self,

@@ -1,8 +1,8 @@
 """The key/value cache of one layer.
 
-A layer keeps `size` places a row; the token at position p is in place p modulo size. A full-attention layer has a place for every
-position, a sliding-window layer only as many as its window: old tokens are overwritten just when they fall out of sight. Either way
-places 0 .. position are the valid ones, all of them once the ring is full.
+A layer keeps `size` places a row; the token at position p is in place p modulo size. A full-attention layer has a place
+for every position, a sliding-window layer only as many as its window: old tokens are overwritten just when they fall
+out of sight. Either way places 0 .. position are the valid ones, all of them once the ring is full.
 """
 
 import jax
@@ -32,7 +32,7 @@ def cache_size(window: int | None, max_len: int) -> int:
 
 
 def filled(k: Float[Array, "B G S H"], v: Float[Array, "B G S H"], lengths: Int[Array, " B"], size: int) -> LayerCache:
-    """The cache after a right-padded prompt: the last `size` tokens of each row of `lengths` tokens, each in its place."""
+    """The cache after right-padded prompts: the last `size` of each row's `lengths` tokens, each in its place."""
     if k.shape[2] <= size:
         return LayerCache(k=pad_axis(k, 2, size), v=pad_axis(v, 2, size))
     last = lengths[:, None] - 1

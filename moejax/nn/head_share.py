@@ -1,4 +1,4 @@
-"""Which heads one device computes: its part of the tensor axis, divided further along `ep` where the stream is replicated."""
+"""Which heads one device computes: its part of the tensor axis, divided along `ep` where the stream is replicated."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ KV_HEADS = {"k": 1, "v": 1, "k_bias": 0, "v_bias": 0, "k_norm": 0}
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """`heads` query heads over `kv_heads` key/value heads on each device, `helpers` devices along `ep` dividing a rank's heads."""
+    """`heads` query and `kv_heads` key/value heads on each device; `helpers` devices along `ep` divide a rank's."""
 
     layout: HeadLayout
     stream: Stream
@@ -62,7 +62,7 @@ class HeadShare:
         return out
 
     def kv_weights(self) -> Float[Array, " G"]:
-        """1 for the local key/value heads that are counted here, 0 for copies counted on another device, and for padding."""
+        """1 for the local key/value heads that count here, 0 for copies that count elsewhere, and for padding."""
         seen: set[int] = set()
         table = np.zeros((self.stream.tp_size, self.helpers, self.kv_heads), np.float32)
         rank_heads = self.heads * self.helpers

@@ -9,10 +9,11 @@ from moejax.sharding import live_axes, live_spec
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The residual stream `[B, S, D]`: replicated over `tp`, and over `ep` either cut by rows (`cut`) or replicated too.
+    """The residual stream `[B, S, D]`: replicated over `tp`, and over `ep` either cut by rows (`cut`) or replicated
+    too.
 
-    Where it is replicated, the devices along `ep` divide each tensor-parallel rank's heads and vocabulary between them as far as
-    these divide, so that they do not all compute the same.
+    Where it is replicated, the devices along `ep` divide each tensor-parallel rank's heads and vocabulary between them
+    as far as these divide, so that they do not all compute the same.
     """
 
     mesh: Mesh

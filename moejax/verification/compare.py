@@ -1,7 +1,8 @@
 """Judges a model on a mesh against the oracle, as the numerics contract says.
 
-Two computations may choose differently only where the oracle itself is undecided: at a *tie*, a token where its k-th and (k+1)-th
-selection scores, or its two best logits, are closer than TIE of the largest. A sequence is compared up to its first tie.
+Two computations may choose differently only where the oracle itself is undecided: at a *tie*, a token where its k-th
+and (k+1)-th selection scores, or its two best logits, are closer than TIE of the largest. A sequence is compared up to
+its first tie.
 """
 
 from dataclasses import asdict, dataclass
@@ -127,7 +128,7 @@ def relative_error(a: np.ndarray, b: np.ndarray, where: Bool[np.ndarray, "B S"])
 
 
 def routing_margins(reference: Reference) -> Float[np.ndarray, "B S"]:
-    """For each token the smallest gap, over layers, between k-th and (k+1)-th selection score, over the largest score."""
+    """For each token the smallest gap, over layers, of k-th and (k+1)-th selection score, over the largest."""
     margins = np.full(reference.logits.shape[:2], np.inf)
     for scores, experts in zip(reference.scores, reference.experts, strict=True):
         k = experts.shape[-1]
@@ -151,7 +152,7 @@ def _greedy_match(reference: Reference, tokens: np.ndarray, where: np.ndarray) -
 def _first_bad_layer(
     reference: Reference, observed: Observed, where: np.ndarray, expert_errors: dict[int, float], sparse: list[int]
 ) -> int | str | None:
-    """Walks up the layers: a layer is bad when its experts, its routing or its output are off while its input was right."""
+    """Walks up the layers: one is bad when its experts, routing or output are off while its input was right."""
     states = list(zip(observed.hidden_states, reference.hidden_states, strict=True))
     if relative_error(*states[0], where) > F32_TOLERANCE:
         return "embedding"
@@ -160,8 +161,8 @@ def _first_bad_layer(
             return layer
         if layer in sparse:
             at = sparse.index(layer)
-            chosen = (np.sort(x[at], axis=-1) for x in (observed.experts, reference.experts))
-            if not np.equal(*chosen).all(-1)[where].all():
+            got, want = (np.sort(x[at], axis=-1) for x in (observed.experts, reference.experts))
+            if (got != want)[where].any():
                 return layer
         if not relative_error(*states[layer + 1], where) <= F32_TOLERANCE:
             return layer

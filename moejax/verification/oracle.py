@@ -1,7 +1,7 @@
 """The oracle: the same checkpoint on one device, a layer at a time, every expert on every token.
 
-It shares no parallel code with the model it judges: no mesh axes, no head layout, no dispatch. It needs the memory of one layer, so a
-model larger than one device can be verified too.
+It shares no parallel code with the model it judges: no mesh axes, no head layout, no dispatch. It needs the memory of
+one layer, so a model larger than one device can be verified too.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from moejax.checkpoint.huggingface import check, load_parameters, settle_tied_head
 from moejax.checkpoint.safetensors import CheckpointFiles

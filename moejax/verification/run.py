@@ -28,7 +28,7 @@ PROMPT_LENGTHS = (1, 7, 12, 24)
 
 
 class Verifier:
-    """Judges models of one checkpoint in one dtype. References are kept, since sound meshes generate the same tokens."""
+    """Judges models of one checkpoint in one dtype. References are kept: sound meshes generate the same tokens."""
 
     def __init__(self, folder: Path, dtype: str = "float32"):
         """Opens the checkpoint; see `Oracle`."""
@@ -89,7 +89,7 @@ class Verifier:
         x = np.random.default_rng(layer).standard_normal((tokens, config.hidden_size))
         x = x.astype(self.oracle.dtype)
         experts = (np.arange(tokens)[:, None] + np.arange(k)) % config.num_experts
-        routing = Routing(np.full((tokens, k), 1 / k, np.float32), experts.astype(np.int32))
+        routing = Routing(jnp.full((tokens, k), 1 / k, jnp.float32), jnp.asarray(experts, jnp.int32))
         lie = lay(len(self.prompts), model.mesh, model.options)
         params = model.decoder.layers[layer].moe.expert_params()
         got = replicated_to_host(_experts_on_mesh(lie, model.config, params, x, routing)).astype(np.float32)

@@ -1,10 +1,10 @@
 """Strategy `all_reduce`: every device sees every token, computes its own experts, and one all-reduce adds the parts up.
 
-Made for few tokens (decode), where the latency of one collective is all that counts: the sum over experts, the sum over the cut
-hidden width and the shared expert's part travel together.
+Made for few tokens (decode), where the latency of one collective is all that counts: the sum over experts, the sum over
+the cut hidden width and the shared expert's part travel together.
 
-Bytes: ep_bytes = T D w + 0, over both axes in one all-reduce, where w is the width of x's dtype; tp_bytes = 0 (with one device
-along `ep`, the same T D w count as tp_bytes). T is this device's tokens.
+Bytes: ep_bytes = T D w + 0, over both axes in one all-reduce, where w is the width of x's dtype; tp_bytes = 0 (with one
+device along `ep`, the same T D w count as tp_bytes). T is this device's tokens.
 """
 
 import jax
@@ -51,8 +51,8 @@ def all_reduce(
 def _shared_part(x: jax.Array, params: ExpertParams, local: Local) -> jax.Array:
     """This device's part of the shared expert, to be summed over both axes.
 
-    The weights are whole along `ep`, so each device there takes its block of the hidden width; where that does not divide, the
-    first one takes all.
+    The weights are whole along `ep`, so each device there takes its block of the hidden width; where that does not
+    divide, the first one takes all.
     """
     gate_up, down = params.shared_gate_up, params.shared_down
     assert gate_up is not None and down is not None

@@ -1,18 +1,21 @@
-"""Strategy `all_to_all`: tokens are cut over the expert axis, and each chosen (token, expert) pair travels to its expert and back.
+"""Strategy `all_to_all`: tokens are cut over the expert axis, and each chosen (token, expert) pair travels to its
+expert and back.
 
-**Exact without a big buffer.** A cell (sender, receiving device) has a fixed capacity near the even share. Counts go round first
-(one all-gather of int32), so all devices know the fullest cell; when it overflows they repeat the same exchange until every pair
-has been over. Nothing is dropped unless the caller gives a `capacity_factor`.
+**Exact without a big buffer.** A cell (sender, receiving device) has a fixed capacity near the even share. Counts go
+round first (one all-gather of int32), so all devices know the fullest cell; when it overflows they repeat the same
+exchange until every pair has been over. Nothing is dropped unless the caller gives a `capacity_factor`.
 
-**On the wire.** Each device of the tensor axis carries its share of D over the expert axis and the receivers put the shares together
-over the tensor axis; where that axis does not divide D, whole rows travel instead.
+**On the wire.** Each device of the tensor axis carries its share of D over the expert axis and the receivers put the
+shares together over the tensor axis; where that axis does not divide D, whole rows travel instead.
 
-Bytes of collective operands on each device, with P devices along ep, R along tp, w bytes an element, T tokens a device, cells of C
-rows, n chunks (C is then a slice's), S slots, d = D / R and r = R (shares) or d = D and r = 1 (whole rows):
+Bytes of collective operands on each device, with P devices along ep, R along tp, w bytes an element, T tokens a device,
+cells of C rows, n chunks (C is then a slice's), S slots, d = D / R and r = R (shares) or d = D and r = 1 (whole rows):
 
     ep_bytes = waves * 2 n P C d w + 4 S
-    tp_bytes = waves * n P C (D / R + D) w + T (D / R + D [with a shared expert]) w     shares: gather, scatter, last gather
-             = T D w                                                                  whole rows: one all-reduce
+    tp_bytes = waves * n P C (D / R + D) w + T (D / R + s D) w     shares: gather, scatter, last gather
+             = T D w                                             whole rows: one all-reduce
+
+where s is 1 with a shared expert, whose partial sums are scattered too, and 0 without.
 """
 
 import math
@@ -59,8 +62,8 @@ def all_to_all(
 def make_cells(tokens: int, chosen: int, local: Local) -> Cells:
     """The form of the cells for `tokens` tokens a device with `chosen` experts each.
 
-    Exact: capacity ceil(1.5 T K / (P chunks)), never more than a cell can be asked to hold (a token chooses an expert once). With a
-    `capacity_factor` f: GShard's ceil(f T K / E) rows for each expert.
+    Exact: capacity ceil(1.5 T K / (P chunks)), never more than a cell can be asked to hold (a token chooses an expert
+    once). With a `capacity_factor` f: GShard's ceil(f T K / E) rows for each expert.
     """
     slots = local.placement.slots_per_device // local.chunks
     if local.capacity_factor is not None:

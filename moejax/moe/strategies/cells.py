@@ -1,7 +1,7 @@
 """The layout of exchange cells: which row of which cell holds which pair.
 
-A *cell* is what one sender sends to one receiving device in one wave: a fixed number of rows, sorted by the receiver's experts. Both
-ends derive the same layout from the same counts, so no index ever travels.
+A *cell* is what one sender sends to one receiving device in one wave: a fixed number of rows, sorted by the receiver's
+experts. Both ends derive the same layout from the same counts, so no index ever travels.
 
 - Exact cells have `capacity` rows for the pair (sender, device). Pairs that do not fit go in the next wave.
 - GShard's cells have `per_expert` rows for each expert of the device, in one wave. Pairs that do not fit are dropped.
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """The form of all cells of one exchange: `rows` each, exact or `per_expert` rows for each of the device's experts."""
+    """The form of an exchange's cells: `rows` each, exact, or `per_expert` rows for each of the device's experts."""
 
     rows: int
     per_expert: int | None = None

@@ -26,7 +26,8 @@ def exchange(
     cells: Cells,
     local: Local,
 ) -> Float[Array, "T d"]:
-    """Sends each pair's share of x to its expert and brings the result back, weighted and summed over a token's experts.
+    """Sends each pair's share of x to its expert and brings the result back, weighted and summed over a token's
+    experts.
 
     Args:
       share: what this device puts on the wire of each of its tokens.
@@ -43,7 +44,7 @@ def exchange(
     cell, place = cells.places(plan, local.ep_size * local.chunks)
     received = lax.dynamic_index_in_dim(by_slice(counts, local), local.ep_index(), keepdims=False)
     indices = tuple(varying(a, axes) for a in (cell, place, received))
-    if _can_overflow(*weights.shape, cells, local):
+    if _can_overflow(weights, cells, local):
         return _repeated((share, weights, gate_up, down), indices, waves, cells, local)
     return _wave((share, weights, gate_up, down), indices, jnp.int32(0), cells, local)
 
@@ -51,7 +52,7 @@ def exchange(
 def _wave(
     values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], wave: jax.Array, cells: Cells, local: Local
 ) -> jax.Array:
-    """One exchange there and back, in `chunks` slices of the device's experts: the part of the sum that this wave carries."""
+    """One exchange there and back, in `chunks` slices of the experts: the part of the sum that this wave carries."""
     parts = [_slice_wave(values, indices, wave, chunk, cells, local) for chunk in range(local.chunks)]
     return functools.reduce(jnp.add, parts)
 
@@ -85,7 +86,7 @@ def _slice_wave(
 def _rows_of_pairs(
     cell: Int[Array, " TK"], row: Int[Array, " TK"], chunk: int, cells: Cells, local: Local
 ) -> Int[Array, " TK"]:
-    """Each pair's row in the send buffer; one past its end for pairs of other slices and waves, dropped, or unrouted."""
+    """Each pair's row in the send buffer; past its end for pairs of other slices and waves, dropped, unrouted."""
     chunks = jnp.int32(local.chunks)
     here = (lax.rem(cell, chunks) == chunk) & (row >= 0) & (row < cells.rows)
     return jnp.where(here, lax.div(cell, chunks) * cells.rows + row, jnp.int32(local.ep_size * cells.rows))
@@ -97,7 +98,7 @@ def _pick(rows: Float[Array, "M d"], index: Int[Array, " N"]) -> Float[Array, "N
 
 
 def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:
-    """`inverse[positions[i]] = i`; where nothing points, an index past any array's end, for which `_pick` gives zeros."""
+    """`inverse[positions[i]] = i`; where nothing points, an index past any end, for which `_pick` gives zeros."""
     nothing = varying(
         jnp.full(size, jnp.iinfo(jnp.int32).max, jnp.int32), sorted(jax.typeof(positions).manual_axis_type.varying)
     )
@@ -151,8 +152,9 @@ def _repeated_backward(cells: Cells, local: Local, saved: Any, dy: jax.Array) ->
 _repeated.defvjp(_repeated_forward, _repeated_backward)
 
 
-def _can_overflow(tokens: int, chosen: int, cells: Cells, local: Local) -> bool:
+def _can_overflow(weights: Float[Array, "T K"], cells: Cells, local: Local) -> bool:
     """Whether any routing at all could overflow a cell."""
+    tokens, chosen = weights.shape
     slots = local.placement.slots_per_device // local.chunks
     return cells.per_expert is None and cells.rows < tokens * min(chosen, slots)
 

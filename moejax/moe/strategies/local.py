@@ -34,8 +34,8 @@ class Accounting:
 class Local:
     """One block's static facts inside shard_map.
 
-    `ep` and `tp` are mesh axis names, or None where the axis has one device; `others` are further axes that cut the tokens (data
-    parallelism).
+    `ep` and `tp` are mesh axis names, or None where the axis has one device; `others` are further axes that cut the
+    tokens (data parallelism).
     """
 
     ep: str | None

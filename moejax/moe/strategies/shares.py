@@ -1,6 +1,7 @@
 """Shares: on the expert axis each device of the tensor axis carries its part of D, so the bytes there are divided by R.
 
-Where the tensor axis does not divide D (or has one device), whole rows travel and results stay partial sums until `whole`.
+Where the tensor axis does not divide D (or has one device), whole rows travel and results stay partial sums until
+`whole`.
 """
 
 from jax import lax
