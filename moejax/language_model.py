@@ -146,13 +146,16 @@ def _segments_and_positions(
 
 
 def _integers(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise MoejaxError(f"{name} must be one rectangle of the tokens' shape {list(shape)}") from error
     if array.shape != shape or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise MoejaxError(
             f"{name} must be whole numbers of the tokens' shape {list(shape)}, got {array.dtype} {list(array.shape)}"
         )
-    if array.size and array.min() < 0:
-        raise MoejaxError(f"{name} must not be negative, got {array.min()}")
+    if not 0 <= array.min() <= array.max() < 2**31:
+        raise MoejaxError(f"{name} must be 0 to {2**31 - 1}, got {array.min()} to {array.max()}")
     return array.astype(np.int32)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from moejax.checkpoint.huggingface import check, load_parameters, settle_tied_head
 from moejax.checkpoint.pieces import Plan
@@ -64,8 +64,7 @@ def load(
     folder = resolve(str(model))
     raw = read_json(folder, "config.json")
     config = read_config(raw)
-    mesh = mesh if mesh is not None else make_mesh(num_experts=config.moe.num_experts)
-    _check_mesh(mesh)
+    mesh = _with_auto_axes(mesh if mesh is not None else make_mesh(num_experts=config.moe.num_experts))
     with CheckpointFiles.open(folder) as files:
         family = family_of(config.model_type)
         config, files = settle_tied_head(config, family.names, files)
@@ -136,6 +135,10 @@ def dtype_of(name: str, config: ModelConfig) -> Any:
     return DTYPES[config.dtype if name == "auto" else name]
 
 
-def _check_mesh(mesh: Mesh) -> None:
+def _with_auto_axes(mesh: Any) -> Mesh:
+    """The mesh as the model's programs are written for; `jax.make_mesh` makes Explicit axes unless told otherwise."""
+    if not isinstance(mesh, Mesh):
+        raise MoejaxError(f'mesh={mesh!r:.60} is no jax.sharding.Mesh; make one with moejax.make_mesh("ep=4,tp=2")')
     if tuple(mesh.axis_names) != ("ep", "tp"):
         raise MoejaxError(f'the mesh has axes {mesh.axis_names}; models run on ("ep", "tp"), see moejax.make_mesh')
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * 2)

@@ -20,7 +20,7 @@ from moejax.moe.params import expert_specs
 
 BLOCK = Block(tokens=32, width=16, hidden=12, experts=8, chosen=2, shared=8, gated=True)
 WHOLE_ROWS = dataclasses.replace(BLOCK, width=18)
-TIGHT = dataclasses.replace(BLOCK, tokens=4)  # a token a device: no routing can overflow a cell, so there is no loop
+TIGHT = dataclasses.replace(BLOCK, tokens=4, chosen=1)  # one pair a device cannot overflow a cell: no loop at all
 
 
 def placed(mesh, block, strategy, routing):

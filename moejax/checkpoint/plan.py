@@ -4,6 +4,7 @@ Checkpoints hold linear weights as [out, in] and one tensor for each expert and 
 out], with heads on an axis of their own, experts stacked in slots, gate and up side by side.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from moejax.checkpoint.pieces import Piece, Plan, whole
@@ -27,12 +28,12 @@ def plan(config: ModelConfig, names: Mapping[str, str], heads: HeadLayout, slot_
         heads: query and key/value heads as stored.
         slot_of: for each expert, the slot that holds it.
     """
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    pieces: dict[str, list[Piece]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
     for role, piece, shape in _entries(config, names, heads, slot_of):
-        pieces[role] = (*pieces.get(role, ()), piece)
+        pieces[role].append(piece)
         shapes[piece.tensor] = shape
-    return Plan(pieces, shapes)
+    return Plan({role: tuple(parts) for role, parts in pieces.items()}, shapes)
 
 
 def _entries(

@@ -102,21 +102,29 @@ class Engine:
         requests = np.arange(len(tokens), dtype=np.int32) + np.int32(first_request)
         rows = [self.model.put_rows(a, self.lie) for a in (padded, lengths.astype(np.int32), requests)]
         self._requests = rows[2]
-        return self._run(_prefill, (self._graph, size, self.draw, self.lie), self._state, *rows, self._seed)
+        self._decode: jax.stages.Compiled | None = None
+        arguments = (self._state, *rows, self._seed)
+        return self._run(self._program(_prefill, (self._graph, size, self.draw, self.lie), arguments), arguments)
 
     def step(self, active: Bool[np.ndarray, " B"]) -> tuple[np.ndarray, np.ndarray | None, int]:
         """Draws one more token for every row; rows that are not active are computed but go to no expert."""
         on_device = self.model.put_rows(active, self.lie)
         arguments = (self._state, self._step, on_device, self._requests, self._seed)
-        return self._run(_decode, (self._graph, self.draw, self.lie), *arguments)
+        # Looked up once: to hash a deep model's structure in every step costs as much as a small model's step.
+        if self._decode is None:
+            self._decode = self._program(_decode, (self._graph, self.draw, self.lie), arguments)
+        return self._run(self._decode, arguments)
 
-    def _run(self, function: Any, statics: tuple, *arrays: Any) -> tuple[np.ndarray, np.ndarray | None, int]:
+    def _program(self, function: Any, statics: tuple, arrays: tuple) -> jax.stages.Compiled:
         key = (function, statics, jax.tree.structure(arrays), *map(_signature, jax.tree.leaves(arrays)))
         if key not in self.model.programs:
             began = time.perf_counter()
             self.model.programs[key] = function.lower(*statics, *arrays).compile()
             self.compile_s += time.perf_counter() - began
-        self._step, drawn = self.model.programs[key](*arrays)
+        return self.model.programs[key]
+
+    def _run(self, program: jax.stages.Compiled, arrays: tuple) -> tuple[np.ndarray, np.ndarray | None, int]:
+        self._step, drawn = program(*arrays)
         logprobs = None if drawn.logprobs is None else replicated_to_host(drawn.logprobs)[: self._batch]
         return replicated_to_host(drawn.tokens)[: self._batch], logprobs, int(replicated_to_host(drawn.dropped))
 
@@ -176,7 +184,7 @@ def _draw(
     everywhere = functools.partial(place, mesh=lie.stream.mesh, spec=PartitionSpec())
     drawn = Drawn(everywhere(tokens), None if logprobs is None else everywhere(logprobs), dropped)
     rows = functools.partial(place, mesh=lie.stream.mesh, spec=lie.stream.batch_spec)
-    return Step(rows(tokens), rows(positions), caches, seen), drawn
+    return Step(rows(tokens), rows(positions), caches, None if seen is None else rows(seen)), drawn
 
 
 def _bucket(length: int) -> int:

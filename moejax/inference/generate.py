@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
 from moejax.config import ModelConfig
@@ -174,16 +175,20 @@ def encode_prompts(model: LanguageModel, prompts: Sequence[Prompt], chat: bool =
     Raises:
       MoejaxError: no prompts, an empty one, text without a tokenizer, ids outside the vocabulary.
     """
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence | np.ndarray):
+    prompts = _listed(prompts)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise MoejaxError(
             f"prompts must be a list of texts or of id lists, got {type(prompts).__name__}; wrap it in [ ]"
         )
-    if not len(prompts):
+    if not prompts:
         raise MoejaxError("there are no prompts; give at least one")
-    return [_encode(model, i, prompt, chat) for i, prompt in enumerate(prompts)]
+    return [_encode(model, i, _listed(prompt), chat) for i, prompt in enumerate(prompts)]
 
 
 def _encode(model: LanguageModel, number: int, prompt: Any, chat: bool) -> list[int]:
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        kind = "a text or a list of messages" if chat else "a text or a list of token ids"
+        raise MoejaxError(f"prompt {number} must be {kind}, got {prompt!r:.60}")
     if chat:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         tokenizer = require(model.tokenizer, model.folder)
@@ -202,18 +207,28 @@ def _encode(model: LanguageModel, number: int, prompt: Any, chat: bool) -> list[
     return ids
 
 
-def _whole_numbers(number: int, prompt: Any) -> list[int]:
-    ids = list(prompt)
-    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in ids):
+def _listed(value: Any) -> Any:
+    """Arrays as the lists they stand for."""
+    return value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _whole_numbers(number: int, prompt: Sequence[Any]) -> list[int]:
+    if not all(_is_whole(token) for token in prompt):
         raise MoejaxError(f"prompt {number} must be a text or a list of token ids, got {str(prompt)[:60]!r}")
-    return [int(token) for token in ids]
+    return [int(token) for token in prompt]
 
 
 def _context(config: ModelConfig, max_model_len: int | None) -> int:
     if max_model_len is None:
         return config.context
-    if not 1 <= max_model_len <= config.context:
-        raise MoejaxError(f"max_model_len={max_model_len} must be 1 to the model's context of {config.context} tokens")
+    if not _is_whole(max_model_len) or not 1 <= max_model_len <= config.context:
+        raise MoejaxError(
+            f"max_model_len={max_model_len!r} must be a whole number, 1 to the model's context of {config.context} tokens"
+        )
     return max_model_len
 
 

@@ -20,6 +20,7 @@ from moejax.checkpoint.safetensors import CheckpointFiles
 from moejax.checkpoint.source import read_json
 from moejax.config import ModelConfig
 from moejax.families import family_of, read_config
+from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, checkpoint_plan, dtype_of
 from moejax.moe.experts import gated_mlp
 from moejax.moe.params import ExpertParams
@@ -55,15 +56,16 @@ class Oracle:
 
     def __init__(self, folder: Path, dtype: str):
         """Checks the checkpoint; reads no weights yet."""
-        self.folder = folder
         config = read_config(read_json(folder, "config.json"))
-        device = jax.local_devices()[0]
-        self._mesh = Mesh(np.array([[device]]), ("ep", "tp"))
-        with CheckpointFiles.open(folder) as files:
-            family = family_of(config.model_type)
-            self.config, files = settle_tied_head(config, family.names, files)
-            check(checkpoint_plan(self.config, self._mesh), files, family.ignored_tensors)
+        mesh = Mesh(np.array([[jax.local_devices()[0]]]), ("ep", "tp"))
+        family = family_of(config.model_type)
+        self.folder = folder
+        self.config, self._files = settle_tied_head(config, family.names, CheckpointFiles.open(folder))
+        self._plan = checkpoint_plan(self.config, mesh)
+        check(self._plan, self._files, family.ignored_tensors)
         self.dtype = dtype_of(dtype, self.config)
+        _, abstract = abstract_decoder(self.config, mesh, self.dtype)
+        self._abstract = {role_of(path): leaf for path, leaf in abstract.items()}
 
     def run(self, tokens: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"]) -> Reference:
         """The reference for right-padded sequences of `lengths` tokens."""
@@ -98,12 +100,8 @@ class Oracle:
         return expert_params(self._read(f"layers.{index}.moe."), f"layers.{index}.moe.")
 
     def _read(self, *prefixes: str) -> Params:
-        _, abstract = abstract_decoder(self.config, self._mesh, self.dtype)
-        roles = {".".join(map(str, path)): leaf for path, leaf in abstract.items()}
-        wanted = {role: leaf for role, leaf in roles.items() if role.startswith(prefixes)}
-        with CheckpointFiles.open(self.folder) as files:
-            _, files = settle_tied_head(self.config, family_of(self.config.model_type).names, files)
-            return load_parameters(files, checkpoint_plan(self.config, self._mesh), wanted)
+        wanted = {role: leaf for role, leaf in self._abstract.items() if role.startswith(prefixes)}
+        return load_parameters(self._files, self._plan, wanted)
 
 
 def expert_params(params: Params, prefix: str = "moe.") -> ExpertParams:

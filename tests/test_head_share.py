@@ -1,0 +1,150 @@
+"""Attention whose heads are cut over the mesh equals attention on one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from moe_cases import FAST, normal, relative
+
+from moejax.config import AttentionConfig, RopeConfig
+from moejax.nn.attention import Attention
+from moejax.nn.heads import head_layout
+from moejax.nn.rope import rope_tables
+from moejax.nn.stream import Stream
+
+WIDTH, BATCH, LENGTH, ROOM = 10, 4, 5, 8
+LENGTHS = [5, 2, 4, 1]
+HEADS = {"q": 1, "o": 0, "q_bias": 0, "q_norm": 0, "k": 1, "v": 1, "k_bias": 0, "v_bias": 0, "k_norm": 0}
+
+PLAIN = AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=4)
+FULL = dataclasses.replace(PLAIN, qk_norm="full", clip_qkv=1.5)
+BIASED = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=4, qkv_bias=True, out_bias=True, qk_norm="head")
+CASES = [
+    ("ep=2,tp=4", FULL, False),  # 6 heads on 4 devices, each kv head on several, each device's 2 heads for 2 helpers
+    ("ep=2,tp=4", BIASED, False),
+    ("ep=4,tp=2", FULL, True),
+    ("ep=2,tp=2", dataclasses.replace(FULL, num_heads=8, num_kv_heads=2), False),  # helpers share a kv head
+    ("ep=8,tp=1", dataclasses.replace(FULL, num_heads=8, num_kv_heads=2), False),
+    ("ep=4,tp=2", PLAIN, False),  # 3 heads a device, which 4 helpers do not divide
+    ("ep=2,tp=4", dataclasses.replace(BIASED, num_heads=5, num_kv_heads=1, qk_norm="full"), False),
+]
+
+
+def canonical(config):
+    """Parameters in the checkpoint's heads, none of them neutral."""
+    rng, d, h = np.random.default_rng(0), WIDTH, config.head_dim
+    n, g = config.num_heads, config.num_kv_heads
+    shapes = {"q": (d, n, h), "k": (d, g, h), "v": (d, g, h), "o": (n, h, d)}
+    if config.qkv_bias:
+        shapes |= {"q_bias": (n, h), "k_bias": (g, h), "v_bias": (g, h)}
+    if config.out_bias:
+        shapes |= {"o_bias": (d,)}
+    if config.qk_norm != "none":
+        full = config.qk_norm == "full"
+        shapes |= {"q_norm": (n, h) if full else (h,), "k_norm": (g, h) if full else (h,)}
+    return {name: np.asarray(normal(rng, *shape, scale=0.7)) for name, shape in shapes.items()}
+
+
+def laid_out(name, value, config, shards):
+    """Query heads followed by zeros, key/value heads as `kv_of` repeats them."""
+    if name not in HEADS or value.ndim == 1:
+        return value
+    layout, axis = head_layout(config.num_heads, config.num_kv_heads, shards), HEADS[name]
+    heads = [i if i < config.num_heads else -1 for i in range(layout.num_heads)]
+    order = np.array(heads if name[0] in "qo" else layout.kv_of)
+    picked = np.moveaxis(np.take(value, order, axis), axis, 0)
+    picked[order < 0] = 0
+    return np.moveaxis(picked, 0, axis)
+
+
+def attention_on(axes, config, window=None):
+    layer = Attention(config, WIDTH, 1e-5, window, mesh=axes, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    for name, value in canonical(config).items():
+        param = getattr(layer, name)
+        sharding = NamedSharding(axes, param.get_metadata()["out_sharding"])
+        new = laid_out(name, value, config, axes.shape["tp"])
+        assert new.shape == param.shape, name
+        param[...] = jax.device_put(new, sharding)
+    return layer
+
+
+def run(axes, config, cut):
+    """Whole sequences; then a prefill of ragged rows and two decoded tokens."""
+    layer, stream = attention_on(axes, config, window=4), Stream(axes, cut)
+    graph, state = nnx.split(layer)
+    x = normal(np.random.default_rng(1), BATCH, LENGTH + 2, WIDTH)
+    lengths = jnp.array(LENGTHS, jnp.int32)
+    segments = jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 2, 0]], BATCH, 0), jnp.int32)
+
+    def tables(positions):
+        return rope_tables(RopeConfig(), config.head_dim, 64, positions)
+
+    def everything(state, x):
+        layer = nnx.merge(graph, state)
+        places = jnp.broadcast_to(jnp.arange(LENGTH + 2, dtype=jnp.int32), x.shape[:2])
+        whole = layer(x, tables(places), segments, stream)
+        out, cache = layer.prefill(x[:, :LENGTH], tables(places[:, :LENGTH]), lengths, ROOM, stream)
+        steps = []
+        for i in range(2):
+            one = jnp.take_along_axis(x, (lengths + i)[:, None, None], 1)
+            y, cache = layer.decode(one, tables((lengths + i)[:, None]), lengths + i, cache, stream)
+            steps.append(y)
+        return whole, out, steps, cache
+
+    return jax.jit(everything, compiler_options=FAST)(state, x), layer.share(stream), stream
+
+
+@pytest.mark.parametrize(("spec", "config", "cut"), CASES)
+def test_equals_one_device(mesh, spec, config, cut):
+    (whole, out, steps, cache), share, stream = run(mesh(spec), config, cut)
+    (whole_1, out_1, steps_1, _), alone, _ = run(mesh("ep=1,tp=1"), config, False)
+    assert alone.heads == config.num_heads and not alone.axes
+    assert relative(whole[:, :6], whole_1[:, :6]) < 1e-5  # the last token is padding
+    for row, length in enumerate(LENGTHS):
+        assert relative(out[row, :length], out_1[row, :length]) < 1e-5
+    for got, want in zip(steps, steps_1, strict=True):
+        assert relative(got, want) < 1e-5
+    assert whole.sharding.is_equivalent_to(NamedSharding(stream.mesh, stream.batch_spec), 3)
+    local = cache.k.addressable_shards[0].data.shape
+    assert local[:2] == (BATCH // (stream.ep_size if cut else 1), share.kv_heads)
+    assert local[2] == 4  # the window
+
+
+def test_decoded_tokens_equal_the_whole_sequence(mesh):
+    """One segment: what decode gives at a position is what the forward pass gives there."""
+    config, axes = FULL, mesh("ep=2,tp=4")
+    layer, stream = attention_on(axes, config), Stream(axes, False)
+    x = normal(np.random.default_rng(2), 1, 6, WIDTH)
+    places = jnp.arange(6, dtype=jnp.int32)[None]
+    cos, sin = rope_tables(RopeConfig(), config.head_dim, 64, places)
+    graph, state = nnx.split(layer)
+
+    @jax.jit
+    def both(state):
+        layer = nnx.merge(graph, state)
+        whole = layer(x, (cos, sin), jnp.ones((1, 6), jnp.int32), stream)
+        four = jnp.array([4], jnp.int32)
+        _, cache = layer.prefill(x[:, :4], (cos[:, :4], sin[:, :4]), four, 6, stream)
+        y, cache = layer.decode(x[:, 4:5], (cos[:, 4:5], sin[:, 4:5]), four, cache, stream)
+        z, _ = layer.decode(x[:, 5:], (cos[:, 5:], sin[:, 5:]), four + 1, cache, stream)
+        return whole[:, 4:], jnp.concatenate([y, z], 1)
+
+    assert relative(*both(state)) < 1e-5
+
+
+@pytest.mark.parametrize(("spec", "config", "cut"), CASES)
+def test_each_checkpoint_head_is_counted_once(mesh, spec, config, cut):
+    """The weights of the full-width key norm, over all devices."""
+    axes = mesh(spec)
+    share = attention_on(axes, config).share(Stream(axes, cut))
+    mapped = jax.shard_map(
+        lambda: jax.lax.psum(share.kv_weights().sum(), share.axes) if share.axes else share.kv_weights().sum(),
+        mesh=axes,
+        in_specs=(),
+        out_specs=jax.P(),
+    )
+    assert float(jax.jit(mapped)()) == config.num_kv_heads

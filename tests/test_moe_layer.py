@@ -1,0 +1,142 @@
+"""MoE as a layer: alone, and inside somebody else's nnx model on a mesh of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from moe_cases import normal, oracle, relative
+
+from moejax import MoE, MoEConfig, MoEDetails, Routing, dense_moe
+from moejax.moe.layer import Parallel
+from moejax.moe.router import NOWHERE
+
+CONFIG = MoEConfig(16, 12, 4, 2, shared_intermediate_size=8, shared_gate=True)
+UNEVEN = MoEConfig(16, 9, 6, 2, shared_intermediate_size=5)
+BATCH, LENGTH = 8, 3
+
+
+def tokens(seed=0):
+    return normal(np.random.default_rng(seed), BATCH, LENGTH, CONFIG.hidden_size)
+
+
+def values(layer):
+    return {path[0]: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
+
+
+@pytest.mark.parametrize("spec", ["ep=4,tp=2", "ep=1,tp=4", "ep=8,tp=1"])
+def test_the_same_rngs_give_the_same_layer_on_every_mesh(mesh, spec):
+    """Padding is zero and lies behind the weights; each weight lies on the mesh as its annotation says."""
+    axes = mesh(spec)
+    with jax.set_mesh(axes):
+        layer = MoE(UNEVEN, rngs=nnx.Rngs(3))
+    alone = values(MoE(UNEVEN, rngs=nnx.Rngs(3)))
+    for name, value in values(layer).items():
+        inside = tuple(slice(size) for size in alone[name].shape)
+        np.testing.assert_array_equal(value[inside], alone[name])
+        assert np.abs(value).sum() == pytest.approx(np.abs(alone[name]).sum(), rel=1e-6)
+        param = getattr(layer, name)
+        assert param[...].sharding.is_equivalent_to(
+            NamedSharding(axes, param.get_metadata()["out_sharding"]), value.ndim
+        )
+    live = [axis if axes.shape[axis] > 1 else None for axis in ("ep", "tp")]
+    assert layer.gate_up.get_metadata()["out_sharding"] == PartitionSpec(live[0], None, None, live[1])
+    assert layer.down.get_metadata()["out_sharding"] == PartitionSpec(*live, None)
+    assert layer.gate_up.shape[0] % axes.shape["ep"] == 0 and layer.down.shape[1] % axes.shape["tp"] == 0
+
+
+def test_details_say_what_was_decided(mesh):
+    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=mesh("ep=4,tp=2"))
+    mask = jnp.arange(LENGTH) < jnp.arange(BATCH)[:, None] % (LENGTH + 1)
+    y, details = nnx.jit(MoE.with_details)(layer, tokens(), mask)
+    assert isinstance(details, MoEDetails)
+    logits = jnp.einsum("bsd,de->bse", tokens(), layer.router[...], precision="highest")
+    assert relative(details.router_logits, logits) < 1e-6 and details.router_logits.dtype == jnp.float32
+    want = layer.route(logits).only(mask)
+    np.testing.assert_array_equal(details.routing.experts, want.experts)
+    assert (np.asarray(want.experts)[~np.asarray(mask)] == NOWHERE).all()
+    assert int(details.accounting.tokens_per_expert.sum()) == 2 * int(mask.sum())
+    flat = Routing(want.weights.reshape(-1, 2), want.experts.reshape(-1, 2))
+    assert relative(y.reshape(-1, 16), oracle(tokens().reshape(-1, 16), layer.expert_params(), flat)) < 1e-5
+
+
+def test_options_of_one_call_replace_the_layers_own(mesh):
+    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=mesh("ep=4,tp=1"), capacity_factor=0.25)
+    exact = Parallel(strategy="all_reduce")
+    assert int(layer.with_details(tokens())[1].accounting.dropped) > 0
+    assert int(layer.with_details(tokens(), parallel=exact)[1].accounting.dropped) == 0
+
+
+def sigmoid_router(logits):
+    """A user's own: sigmoid scores, the best expert and always expert 0 or 1 beside it."""
+    best = jnp.argmax(logits[..., 2:], -1).astype(jnp.int32) + 2
+    other = (logits[..., 1] > logits[..., 0]).astype(jnp.int32)
+    experts = jnp.stack([best, other], -1)
+    return Routing(jax.nn.sigmoid(jnp.take_along_axis(logits, experts, -1)), experts)
+
+
+class TheirModel(nnx.Module):
+    """Knows nothing of moejax but the layer."""
+
+    def __init__(self, rngs, **options):
+        self.into = nnx.Linear(6, 16, rngs=rngs)
+        self.moe = MoE(CONFIG, rngs=rngs, **options)
+        self.out = nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, x):
+        h = jnp.tanh(self.into(x))
+        return self.out(h + nnx.remat(self.moe.__class__.__call__)(self.moe, h))
+
+
+class OneDevice(TheirModel):
+    """The same parameters through the dense oracle."""
+
+    def __call__(self, x):
+        h = jnp.tanh(self.into(x))
+        flat = h.reshape(-1, 16)
+        routing = self.moe.route(jnp.dot(flat, self.moe.router[...], precision="highest"))
+        return self.out(h + dense_moe(flat, self.moe.expert_params(), routing).reshape(h.shape))
+
+
+@nnx.jit
+def loss_and_gradients(model, x):
+    return nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "router"),
+    [
+        (("dp", "ep", "tp"), AxisType.Auto, None),
+        (("data", "expert", "model"), AxisType.Explicit, sigmoid_router),
+        pytest.param(("dp", "ep", "tp"), AxisType.Explicit, None, marks=pytest.mark.slow),
+        pytest.param(("data", "expert", "model"), AxisType.Auto, sigmoid_router, marks=pytest.mark.slow),
+    ],
+)
+def test_inside_a_model_on_a_mesh_with_data_parallelism(names, kind, router):
+    dp, ep, tp = names
+    axes = jax.make_mesh((2, 2, 2), names, axis_types=(kind,) * 3)
+    x = normal(np.random.default_rng(1), BATCH, LENGTH, 6)
+    want_loss, want = loss_and_gradients(OneDevice(nnx.Rngs(5), router=router), x)
+    with jax.set_mesh(axes):
+        model = TheirModel(nnx.Rngs(5), router=router, ep_axis=ep, tp_axis=tp, batch_axes=(dp, ep))
+        loss, got = loss_and_gradients(model, jax.device_put(x, NamedSharding(axes, PartitionSpec((dp, ep)))))
+    assert relative(loss, want_loss) < 1e-5
+    got, want = (dict(nnx.to_flat_state(state)) for state in (got, want))
+    assert got.keys() == want.keys() and len(got) == 10
+    for path in want:
+        assert relative(got[path][...], want[path][...]) < 1e-4, path
+    assert got["moe", "gate_up"][...].sharding.spec == PartitionSpec(ep, None, None, tp)
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "all_reduce"])
+def test_accounting_covers_the_whole_mesh(strategy):
+    """Data-parallel groups are added up, also where the stream is replicated over ep."""
+    axes = jax.make_mesh((2, 2, 2), ("dp", "ep", "tp"))
+    batch = ("dp", "ep") if strategy == "all_to_all" else ("dp",)
+    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=axes, batch_axes=batch, strategy=strategy)
+    y, details = nnx.jit(MoE.with_details)(layer, tokens())
+    chosen = np.asarray(details.routing.experts).reshape(-1)
+    assert details.accounting.tokens_per_expert.tolist() == np.bincount(chosen, minlength=4).tolist()
+    want = MoE(CONFIG, rngs=nnx.Rngs(0))(tokens())
+    assert relative(y, want) < 1e-5
