@@ -68,7 +68,8 @@ def _experts(model: LanguageModel) -> str:
 def _strategy(model: LanguageModel, batch: int) -> str:
     lie = lay(batch, model.mesh, model.options)
     padding = f", {lie.rows - batch} empty rows fill it up" if lie.rows > batch else ""
-    return f"strategy  {lie.choice.strategy} for prefill and decode of {batch} sequences: {lie.choice.reason}{padding}"
+    sequences = f"{batch} sequence{'s'[: batch > 1]}"
+    return f"strategy  {lie.choice.strategy} for prefill and decode of {sequences}: {lie.choice.reason}{padding}"
 
 
 def _attention(model: LanguageModel, batch: int) -> str:
@@ -93,8 +94,10 @@ def _bytes(model: LanguageModel) -> str:
     return f"memory    {human_bytes(part)} of {human_bytes(whole)} parameters a device: {parts}"
 
 
-def explain_lines(model: LanguageModel, batch: int, prompt_tokens: int = 512) -> list[str]:
+def explain_lines(model: LanguageModel, batch: int, prompt_tokens: int) -> list[str]:
     """What `--explain` adds: a layer's exchange, for a prefill of `prompt_tokens` a row and for a decode step."""
+    if not any(model.config.sparse):
+        return ["explain   no layer has experts, so there is nothing to exchange"]
     return [_explain(model, batch, name, tokens) for name, tokens in (("prefill", prompt_tokens), ("decode", 1))]
 
 
@@ -122,4 +125,4 @@ def _explain(model: LanguageModel, batch: int, phase: str, tokens: int) -> str:
     share = width // local.tp_size if divides(width, local) else width
     payload = 2 * lie.parallel.chunks * ep * rows * share * item
     exact = "repeated until nothing is left" if local.capacity_factor is None else "what does not fit is dropped"
-    return f"{start}cells of {rows} rows, {human_bytes(payload)} over ep there and back, {exact}"
+    return f"{start}cells of {rows} row{'s'[: rows > 1]}, {human_bytes(payload)} over ep there and back, {exact}"

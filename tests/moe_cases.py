@@ -121,7 +121,7 @@ def keep_first(routing: Routing, senders: int, capacity: int) -> tuple[Routing, 
 def cell_rows(tokens: int, chosen: int, experts: int, ep: int, chunks: int) -> int:
     """The documented capacity of an exact cell: 1.5 times the even share, never more than it can be asked to hold."""
     slots = -(-experts // ep) // chunks
-    return max(1, min(math.ceil(1.5 * tokens * chosen / (ep * chunks)), tokens * min(chosen, slots)))
+    return max(1, min(math.ceil(1.5 * tokens * chosen / (ep * chunks)), tokens * chosen))
 
 
 def waves_of(routing: Routing, block: Block, ep: int, chunks: int = 1) -> int:

@@ -1,6 +1,7 @@
 """Attention whose heads are cut over the mesh equals attention on one device."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
-from moe_cases import FAST, normal, relative
+from moe_cases import compiled, normal, relative
 
 from moejax.config import AttentionConfig, RopeConfig
 from moejax.nn.attention import Attention
+from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
 from moejax.nn.rope import rope_tables
 from moejax.nn.stream import Stream
@@ -62,52 +64,53 @@ def laid_out(name, value, config, shards):
 
 
 def attention_on(axes, config, window=None):
-    layer = Attention(config, WIDTH, 1e-5, window, mesh=axes, rngs=nnx.Rngs(0), dtype=jnp.float32)
-    for name, value in canonical(config).items():
-        param = getattr(layer, name)
-        sharding = NamedSharding(axes, param.get_metadata()["out_sharding"])
-        new = laid_out(name, value, config, axes.shape["tp"])
-        assert new.shape == param.shape, name
-        param[...] = jax.device_put(new, sharding)
-    return layer
-
-
-def run(axes, config, cut):
-    """Whole sequences; then a prefill of ragged rows and two decoded tokens."""
-    layer, stream = attention_on(axes, config, window=4), Stream(axes, cut)
+    """The layer's structure, and its parameters in place."""
+    layer = nnx.eval_shape(
+        lambda: Attention(config, WIDTH, 1e-5, window, mesh=axes, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    )
     graph, state = nnx.split(layer)
-    x = normal(np.random.default_rng(1), BATCH, LENGTH + 2, WIDTH)
-    lengths = jnp.array(LENGTHS, jnp.int32)
-    segments = jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 2, 0]], BATCH, 0), jnp.int32)
+    numbers, filled = canonical(config), []
+    for path, leaf in nnx.to_flat_state(state):
+        new = laid_out(path[0], numbers[path[0]], config, axes.shape["tp"])
+        assert new.shape == leaf.shape, path
+        sharding = NamedSharding(axes, leaf.get_metadata()["out_sharding"])
+        filled.append((path, nnx.Param(jax.device_put(new, sharding))))
+    assert len(filled) == len(numbers)
+    return graph, nnx.from_flat_state(filled)
+
+
+@functools.cache
+def run(axes, config, cut):
+    """Whole sequences; then a prefill of ragged rows and one decoded token."""
+    (graph, state), stream = attention_on(axes, config, window=4), Stream(axes, cut)
+    x = np.random.default_rng(1).standard_normal((BATCH, LENGTH + 2, WIDTH)).astype(np.float32)
+    lengths = np.array(LENGTHS, np.int32)
+    segments = np.repeat(np.array([[1, 1, 1, 2, 2, 2, 0]], np.int32), BATCH, 0)
 
     def tables(positions):
         return rope_tables(RopeConfig(), config.head_dim, 64, positions)
 
-    def everything(state, x):
+    def everything(state, x, lengths):
         layer = nnx.merge(graph, state)
         places = jnp.broadcast_to(jnp.arange(LENGTH + 2, dtype=jnp.int32), x.shape[:2])
-        whole = layer(x, tables(places), segments, stream)
+        whole = layer(x, tables(places), jnp.asarray(segments), stream)
         out, cache = layer.prefill(x[:, :LENGTH], tables(places[:, :LENGTH]), lengths, ROOM, stream)
-        steps = []
-        for i in range(2):
-            one = jnp.take_along_axis(x, (lengths + i)[:, None, None], 1)
-            y, cache = layer.decode(one, tables((lengths + i)[:, None]), lengths + i, cache, stream)
-            steps.append(y)
-        return whole, out, steps, cache
+        one = jnp.take_along_axis(x, lengths[:, None, None], 1)
+        step, cache = layer.decode(one, tables(lengths[:, None]), lengths, cache, stream)
+        return whole, out, step, cache
 
-    return jax.jit(everything, compiler_options=FAST)(state, x), layer.share(stream), stream
+    return compiled(everything)(state, x, lengths), nnx.merge(graph, state).share(stream), stream
 
 
 @pytest.mark.parametrize(("spec", "config", "cut"), CASES)
 def test_equals_one_device(mesh, spec, config, cut):
-    (whole, out, steps, cache), share, stream = run(mesh(spec), config, cut)
-    (whole_1, out_1, steps_1, _), alone, _ = run(mesh("ep=1,tp=1"), config, False)
+    (whole, out, step, cache), share, stream = run(mesh(spec), config, cut)
+    (whole_1, out_1, step_1, _), alone, _ = run(mesh("ep=1,tp=1"), config, False)
     assert alone.heads == config.num_heads and not alone.axes
-    assert relative(whole[:, :6], whole_1[:, :6]) < 1e-5  # the last token is padding
+    assert relative(np.asarray(whole)[:, :6], np.asarray(whole_1)[:, :6]) < 1e-5  # the last token is padding
     for row, length in enumerate(LENGTHS):
-        assert relative(out[row, :length], out_1[row, :length]) < 1e-5
-    for got, want in zip(steps, steps_1, strict=True):
-        assert relative(got, want) < 1e-5
+        assert relative(np.asarray(out)[row, :length], np.asarray(out_1)[row, :length]) < 1e-5
+    assert relative(step, step_1) < 1e-5
     assert whole.sharding.is_equivalent_to(NamedSharding(stream.mesh, stream.batch_spec), 3)
     local = cache.k.addressable_shards[0].data.shape
     assert local[:2] == (BATCH // (stream.ep_size if cut else 1), share.kv_heads)
@@ -117,13 +120,12 @@ def test_equals_one_device(mesh, spec, config, cut):
 def test_decoded_tokens_equal_the_whole_sequence(mesh):
     """One segment: what decode gives at a position is what the forward pass gives there."""
     config, axes = FULL, mesh("ep=2,tp=4")
-    layer, stream = attention_on(axes, config), Stream(axes, False)
+    (graph, state), stream = attention_on(axes, config), Stream(axes, False)
     x = normal(np.random.default_rng(2), 1, 6, WIDTH)
     places = jnp.arange(6, dtype=jnp.int32)[None]
     cos, sin = rope_tables(RopeConfig(), config.head_dim, 64, places)
-    graph, state = nnx.split(layer)
 
-    @jax.jit
+    @compiled
     def both(state):
         layer = nnx.merge(graph, state)
         whole = layer(x, (cos, sin), jnp.ones((1, 6), jnp.int32), stream)
@@ -140,7 +142,7 @@ def test_decoded_tokens_equal_the_whole_sequence(mesh):
 def test_each_checkpoint_head_is_counted_once(mesh, spec, config, cut):
     """The weights of the full-width key norm, over all devices."""
     axes = mesh(spec)
-    share = attention_on(axes, config).share(Stream(axes, cut))
+    share = HeadShare.of(head_layout(config.num_heads, config.num_kv_heads, axes.shape["tp"]), Stream(axes, cut))
     mapped = jax.shard_map(
         lambda: jax.lax.psum(share.kv_weights().sum(), share.axes) if share.axes else share.kv_weights().sum(),
         mesh=axes,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from moe_cases import normal, oracle, relative
+from moe_cases import compiled, normal, oracle, relative
 
 from moejax import MoE, MoEConfig, MoEDetails, Routing, dense_moe
 from moejax.moe.layer import Parallel
@@ -21,17 +21,26 @@ def tokens(seed=0):
     return normal(np.random.default_rng(seed), BATCH, LENGTH, CONFIG.hidden_size)
 
 
+def made(module, *args, **options):
+    """A module whose parameters are made by one compiled program."""
+    return nnx.jit(lambda: module(*args, rngs=nnx.Rngs(3), **options))()
+
+
+def with_details(layer, *args, **options):
+    return compiled(lambda *a: layer.with_details(*a, **options))(*args)
+
+
 def values(layer):
     return {path[0]: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
 
 
-@pytest.mark.parametrize("spec", ["ep=4,tp=2", "ep=1,tp=4", "ep=8,tp=1"])
+@pytest.mark.parametrize("spec", ["ep=4,tp=2", "ep=1,tp=4"])
 def test_the_same_rngs_give_the_same_layer_on_every_mesh(mesh, spec):
     """Padding is zero and lies behind the weights; each weight lies on the mesh as its annotation says."""
     axes = mesh(spec)
     with jax.set_mesh(axes):
-        layer = MoE(UNEVEN, rngs=nnx.Rngs(3))
-    alone = values(MoE(UNEVEN, rngs=nnx.Rngs(3)))
+        layer = made(MoE, UNEVEN)
+    alone = values(made(MoE, UNEVEN))
     for name, value in values(layer).items():
         inside = tuple(slice(size) for size in alone[name].shape)
         np.testing.assert_array_equal(value[inside], alone[name])
@@ -47,9 +56,9 @@ def test_the_same_rngs_give_the_same_layer_on_every_mesh(mesh, spec):
 
 
 def test_details_say_what_was_decided(mesh):
-    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=mesh("ep=4,tp=2"))
+    layer = made(MoE, CONFIG, mesh=mesh("ep=4,tp=2"))
     mask = jnp.arange(LENGTH) < jnp.arange(BATCH)[:, None] % (LENGTH + 1)
-    y, details = nnx.jit(MoE.with_details)(layer, tokens(), mask)
+    y, details = with_details(layer, tokens(), mask)
     assert isinstance(details, MoEDetails)
     logits = jnp.einsum("bsd,de->bse", tokens(), layer.router[...], precision="highest")
     assert relative(details.router_logits, logits) < 1e-6 and details.router_logits.dtype == jnp.float32
@@ -62,10 +71,10 @@ def test_details_say_what_was_decided(mesh):
 
 
 def test_options_of_one_call_replace_the_layers_own(mesh):
-    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=mesh("ep=4,tp=1"), capacity_factor=0.25)
+    layer = made(MoE, CONFIG, mesh=mesh("ep=4,tp=1"), capacity_factor=0.25)
     exact = Parallel(strategy="all_reduce")
-    assert int(layer.with_details(tokens())[1].accounting.dropped) > 0
-    assert int(layer.with_details(tokens(), parallel=exact)[1].accounting.dropped) == 0
+    assert int(with_details(layer, tokens())[1].accounting.dropped) > 0
+    assert int(with_details(layer, tokens(), parallel=exact)[1].accounting.dropped) == 0
 
 
 def sigmoid_router(logits):
@@ -79,14 +88,14 @@ def sigmoid_router(logits):
 class TheirModel(nnx.Module):
     """Knows nothing of moejax but the layer."""
 
-    def __init__(self, rngs, **options):
+    def __init__(self, *, rngs, **options):
         self.into = nnx.Linear(6, 16, rngs=rngs)
         self.moe = MoE(CONFIG, rngs=rngs, **options)
         self.out = nnx.Linear(16, 1, rngs=rngs)
 
     def __call__(self, x):
         h = jnp.tanh(self.into(x))
-        return self.out(h + nnx.remat(self.moe.__class__.__call__)(self.moe, h))
+        return self.out(h + nnx.remat(MoE.__call__)(self.moe, h))
 
 
 class OneDevice(TheirModel):
@@ -117,9 +126,9 @@ def test_inside_a_model_on_a_mesh_with_data_parallelism(names, kind, router):
     dp, ep, tp = names
     axes = jax.make_mesh((2, 2, 2), names, axis_types=(kind,) * 3)
     x = normal(np.random.default_rng(1), BATCH, LENGTH, 6)
-    want_loss, want = loss_and_gradients(OneDevice(nnx.Rngs(5), router=router), x)
+    want_loss, want = loss_and_gradients(made(OneDevice, router=router), x)
     with jax.set_mesh(axes):
-        model = TheirModel(nnx.Rngs(5), router=router, ep_axis=ep, tp_axis=tp, batch_axes=(dp, ep))
+        model = made(TheirModel, router=router, ep_axis=ep, tp_axis=tp, batch_axes=(dp, ep))
         loss, got = loss_and_gradients(model, jax.device_put(x, NamedSharding(axes, PartitionSpec((dp, ep)))))
     assert relative(loss, want_loss) < 1e-5
     got, want = (dict(nnx.to_flat_state(state)) for state in (got, want))
@@ -134,9 +143,9 @@ def test_accounting_covers_the_whole_mesh(strategy):
     """Data-parallel groups are added up, also where the stream is replicated over ep."""
     axes = jax.make_mesh((2, 2, 2), ("dp", "ep", "tp"))
     batch = ("dp", "ep") if strategy == "all_to_all" else ("dp",)
-    layer = MoE(CONFIG, rngs=nnx.Rngs(0), mesh=axes, batch_axes=batch, strategy=strategy)
-    y, details = nnx.jit(MoE.with_details)(layer, tokens())
+    layer = made(MoE, CONFIG, mesh=axes, batch_axes=batch, strategy=strategy)
+    y, details = with_details(layer, tokens())
     chosen = np.asarray(details.routing.experts).reshape(-1)
     assert details.accounting.tokens_per_expert.tolist() == np.bincount(chosen, minlength=4).tolist()
-    want = MoE(CONFIG, rngs=nnx.Rngs(0))(tokens())
-    assert relative(y, want) < 1e-5
+    flat = jax.tree.map(lambda a: a.reshape(-1, 2), details.routing)
+    assert relative(y.reshape(-1, 16), oracle(tokens().reshape(-1, 16), layer.expert_params(), flat)) < 1e-5

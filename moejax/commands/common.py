@@ -91,6 +91,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
     except BrokenPipeError:
         # What is still buffered would raise again at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        distributed.fail(141, "nobody reads its output any more")
         return 141
     except Exception as error:
         if distributed.process_count() > 1:
@@ -106,7 +107,7 @@ def _enter(args: argparse.Namespace) -> None:
     if "mesh" in args:
         args.mesh = compat.translate(args)
         if args.mesh is not None:
-            mesh.parse_mesh(args.mesh)
+            args.mesh = str(mesh.parse_mesh(args.mesh))
     distributed.start(args.coordinator, args.num_processes, args.process_id)
     if distributed.process_count() > 1:
         results = distributed.quiet_stdout()

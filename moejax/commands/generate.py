@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from moejax import distributed
 from moejax.commands.common import add_mesh, add_model, add_strategy, base_parser, run
 from moejax.commands.session import agree_on, console, load_model, log, mesh_for
 from moejax.errors import MoejaxError
-from moejax.inference.generate import Generation, Prompt, Timing, generate, settle
+from moejax.inference.engine import BUCKET
+from moejax.inference.generate import BATCH, Generation, Prompt, Timing, encode_prompts, generate, settle
 from moejax.language_model import LanguageModel
 from moejax.model import lay
 from moejax.report import explain_lines, report_lines
@@ -36,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model(parser)
     add_mesh(parser)
     add_strategy(parser)
-    parser.add_argument("--capacity-factor", type=float, metavar="F", help="drop pairs over F times the even share")
+    parser.add_argument("--capacity-factor", type=_factor, metavar="F", help="drop pairs over F times the even share")
     parser.add_argument("--chunks", type=int, default=1, metavar="N", help="slices of the all_to_all exchange")
     parser.add_argument("--explain", action="store_true", help="say why the strategy was chosen and what it sends")
     prompts = parser.add_argument_group("prompts (default: standard input)")
@@ -58,11 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return value
+
+
 def _generate(args: argparse.Namespace) -> int:
     # Prompts travel from process 0; everything else must be the same everywhere.
-    options = {name: value for name, value in vars(args).items() if name not in ("prompt", "prompt_ids", "prompt_file")}
-    options.pop("process_id")
-    folder = agree_on(args, options)
+    folder = agree_on(args, alone=("prompt", "prompt_ids", "prompt_file"))
     prompts = _shared_prompts(args)
     mesh = mesh_for(args, folder)
     model, load_s = load_model(
@@ -73,12 +83,18 @@ def _generate(args: argparse.Namespace) -> int:
         capacity_factor=args.capacity_factor,
         chunks=args.chunks,
     )
-    for line in report_lines(model, len(prompts)) + (explain_lines(model, len(prompts)) if args.explain else []):
-        log(line)
-    for field in settle(model, **_sampling(args)).ignored:
+    ids, ignored = encode_prompts(model, prompts, args.chat), settle(model, **_sampling(args)).ignored
+    for field in ignored:
         log(f"warning: generation_config.json asks for {field}, which moejax does not do; it is ignored")
+    together = min(len(prompts), BATCH)
+    for line in report_lines(model, together):
+        log(line)
+    if args.explain:
+        padded = -(-max(map(len, ids[:together])) // BUCKET) * BUCKET
+        for line in explain_lines(model, together, min(padded, model.config.context)):
+            log(line)
     timing = Timing()
-    outputs = _run(model, prompts, args, timing)
+    outputs = _run(model, prompts, ids, args, timing)
     result = _result(model, prompts, outputs, timing, load_s)
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -87,44 +103,57 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(model: LanguageModel, prompts: list[Prompt], args: argparse.Namespace, timing: Timing) -> list[Generation]:
+def _run(
+    model: LanguageModel, prompts: list[Prompt], ids: list[list[int]], args: argparse.Namespace, timing: Timing
+) -> list[Generation]:
     """Generates; a single prompt's text appears as it is made, several are printed at the end."""
-    streaming = len(prompts) == 1 and not args.json
+    streaming = len(prompts) == 1 and not args.json and model.tokenizer is not None
+    leads = [_lead(prompt, args.chat) for prompt in prompts]
+    began = False
     status = console.status("compiling")
 
     def show(_: int, text: str) -> None:
+        # The prompt waits for the first text, so that stdout stays empty when something turns out to be wrong.
+        nonlocal began
         status.stop()
         if streaming:
-            print(text, end="", flush=True)
+            print(text if began else leads[0] + text, end="", flush=True)
+            began = True
 
-    if streaming and isinstance(prompts[0], str):
-        print(prompts[0], end="", flush=True)
     if console.is_terminal and distributed.is_main():
         status.start()
     try:
         outputs = generate(
             model,
-            prompts,
+            ids,
             **_sampling(args),
             logprobs=args.logprobs,
             max_model_len=args.max_model_len,
-            chat=args.chat,
             on_text=show,
             timing=timing,
         )
+    except KeyboardInterrupt:
+        if began:
+            print(flush=True)
+        raise
     finally:
         status.stop()
     if args.json:
         return outputs
-    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        shown = output.text if model.tokenizer else " ".join(map(str, output.tokens))
-        if not streaming:
-            print(f"[{number}] {prompt}{shown}" if isinstance(prompt, str) else f"[{number}] {shown}")
-        elif not model.tokenizer:
-            print(shown)
-        else:
-            print()
+    if streaming:
+        print("" if began else leads[0])
+        return outputs
+    for number, (lead, output) in enumerate(zip(leads, outputs, strict=True)):
+        label = f"[{number}] " if len(outputs) > 1 else ""
+        print(label + (lead + output.text if model.tokenizer else " ".join(map(str, output.tokens))))
     return outputs
+
+
+def _lead(prompt: Prompt, chat: bool) -> str:
+    """What stands before a continuation: the prompt it continues; an answer in a chat stands on its own line."""
+    if not isinstance(prompt, str):
+        return ""
+    return f"{prompt}\n" if chat else prompt
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +186,7 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
         return list(args.prompt)
     if args.prompt_file is not None:
         return [_read_file(Path(args.prompt_file))]
-    text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+    text = _read_stdin().rstrip("\n")
     if not text:
         log(f'no prompt was given, so this continues "{DEFAULT_PROMPT}" (--prompt TEXT, or standard input)')
     return [text or DEFAULT_PROMPT]
@@ -168,6 +197,15 @@ def _parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise MoejaxError(f'--prompt-ids "{text}" is not a list of whole numbers such as 1,2,3') from error
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise MoejaxError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _read_file(path: Path) -> str:
@@ -201,7 +239,7 @@ def _result(
             "completion_tokens": sum(len(output.tokens) for output in outputs),
         },
         "mesh": {axis: model.mesh.shape[axis] for axis in ("ep", "tp")},
-        "strategy": lay(len(prompts), model.mesh, model.options).choice.strategy,
+        "strategy": lay(min(len(prompts), BATCH), model.mesh, model.options).choice.strategy,
         "dtype": next(iter(model.parameters().values())).dtype.name,
         "load_s": load_s,
         "compile_s": timing.compile_s,

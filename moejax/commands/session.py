@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -29,8 +29,12 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def agree_on(args: argparse.Namespace, options: dict[str, object]) -> Path:
+def agree_on(args: argparse.Namespace, alone: Sequence[str] = ()) -> Path:
     """Finds the model's folder and makes sure that every process of the launch is about to do the same.
+
+    Args:
+      args: the command line; its options must be the same on every process.
+      alone: names of the options that only process 0 reads.
 
     Raises:
       MoejaxError: on every process, naming what differs.
@@ -42,7 +46,11 @@ def agree_on(args: argparse.Namespace, options: dict[str, object]) -> Path:
             "code": distributed.code_hash(),
             "jax": jax.__version__,
             "config": hashlib.sha256(config.encode()).hexdigest()[:16],
-            **{name: str(value) for name, value in options.items()},
+            **{
+                f"--{name.replace('_', '-')}": str(value)
+                for name, value in vars(args).items()
+                if name not in ("process_id", *alone)
+            },
         }
     )
     return folder

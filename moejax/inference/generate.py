@@ -114,8 +114,7 @@ def generate(
     """Continues each prompt until an end-of-sequence id, a stop string or the length.
 
     Settings left at None are the checkpoint's (`generation_config.json`), else greedy decoding of 32 tokens. The same
-    seed gives the same tokens on every mesh (in f32), alone or in a batch: each prompt and position has its own random
-    key.
+    seed gives the same tokens on every mesh (in f32): each prompt, by its number, and each position has its own key.
 
     Args:
       model: from `moejax.load`.
@@ -227,7 +226,7 @@ def _context(config: ModelConfig, max_model_len: int | None) -> int:
         return config.context
     if not _is_whole(max_model_len) or not 1 <= max_model_len <= config.context:
         raise MoejaxError(
-            f"max_model_len={max_model_len!r} must be a whole number, 1 to the model's context of {config.context} tokens"
+            f"max_model_len={max_model_len!r} must be a whole number, 1 to the model's context of {config.context}"
         )
     return max_model_len
 

@@ -1,5 +1,6 @@
 """Routers: which experts a token goes to, and with which weights."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -40,6 +41,7 @@ Router: TypeAlias = Callable[[Float[Array, "*T E"]], Routing]
 """Anything that turns router logits (f32) into a Routing."""
 
 
+@functools.cache  # equal settings give the same object, so that models of one shape share compiled programs
 def softmax_router(num_experts_per_tok: int, *, renormalise: bool = True) -> Router:
     """The router of Mixtral, Qwen-MoE and OLMoE: softmax over all experts, then the K most probable.
 

@@ -5,6 +5,7 @@ and (k+1)-th selection scores, or its two best logits, are closer than TIE of th
 its first tie.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,9 +60,9 @@ class Row:
     kl: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The row as the command prints it; the 16-bit figures only where they were measured."""
-        fields = asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("argmax_agreement", "kl") or v is not None}
+        """The row as the command prints it: 16-bit figures only where measured; null where one is not finite."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in finite.items() if k not in ("argmax_agreement", "kl") or getattr(self, k) is not None}
 
 
 def judge(

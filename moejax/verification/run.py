@@ -53,6 +53,7 @@ class Verifier:
             repetition_penalty=1.0,
             stop=[],
             eos_ids=[],
+            max_model_len=model.config.max_position_embeddings,
             timing=timing,
         )
         sequences = [prompt + output.tokens for prompt, output in zip(self.prompts, outputs, strict=True)]
@@ -99,8 +100,13 @@ class Verifier:
 
 
 def verification_prompts(config: ModelConfig) -> list[list[int]]:
-    """Ragged prompts of random ids that leave room to generate within the length that rotary tables are trained for."""
-    room = max(1, config.max_position_embeddings - NEW_TOKENS)
+    """Ragged prompts of random ids that leave room to generate.
+
+    Prompt and continuation stay within `max_position_embeddings`: past it, dynamic rope turns a key that was cached
+    earlier otherwise than a run over the whole sequence turns it, so that there the two have no common answer.
+    """
+    length = config.max_position_embeddings
+    room = max(1, length // 2, length - NEW_TOKENS)
     random = np.random.default_rng(0)
     return [random.integers(0, config.vocab_size, min(length, room)).tolist() for length in PROMPT_LENGTHS]
 

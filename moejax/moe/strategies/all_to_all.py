@@ -62,17 +62,15 @@ def all_to_all(
 def make_cells(tokens: int, chosen: int, local: Local) -> Cells:
     """The form of the cells for `tokens` tokens a device with `chosen` experts each.
 
-    Exact: capacity ceil(1.5 T K / (P chunks)), never more than a cell can be asked to hold (a token chooses an expert
-    once). With a `capacity_factor` f: GShard's ceil(f T K / E) rows for each expert.
+    Exact: capacity ceil(1.5 T K / (P chunks)). With a `capacity_factor` f: GShard's ceil(f T K / E) rows for each
+    expert. Never more than the T K pairs that there are.
     """
-    slots = local.placement.slots_per_device // local.chunks
+    pairs = tokens * chosen
     if local.capacity_factor is not None:
-        per_expert = max(
-            1, min(tokens, math.ceil(local.capacity_factor * tokens * chosen / local.placement.num_experts))
-        )
+        slots = local.placement.slots_per_device // local.chunks
+        per_expert = max(1, min(pairs, math.ceil(local.capacity_factor * pairs / local.placement.num_experts)))
         return Cells(rows=slots * per_expert, per_expert=per_expert)
-    even = math.ceil(HEADROOM * tokens * chosen / (local.ep_size * local.chunks))
-    return Cells(rows=max(1, min(even, tokens * min(chosen, slots))))
+    return Cells(rows=max(1, min(pairs, math.ceil(HEADROOM * pairs / (local.ep_size * local.chunks)))))
 
 
 def _account(

@@ -44,7 +44,7 @@ def exchange(
     cell, place = cells.places(plan, local.ep_size * local.chunks)
     received = lax.dynamic_index_in_dim(by_slice(counts, local), local.ep_index(), keepdims=False)
     indices = tuple(varying(a, axes) for a in (cell, place, received))
-    if _can_overflow(weights, cells, local):
+    if _can_overflow(weights, cells):
         return _repeated((share, weights, gate_up, down), indices, waves, cells, local)
     return _wave((share, weights, gate_up, down), indices, jnp.int32(0), cells, local)
 
@@ -152,11 +152,9 @@ def _repeated_backward(cells: Cells, local: Local, saved: Any, dy: jax.Array) ->
 _repeated.defvjp(_repeated_forward, _repeated_backward)
 
 
-def _can_overflow(weights: Float[Array, "T K"], cells: Cells, local: Local) -> bool:
+def _can_overflow(weights: Float[Array, "T K"], cells: Cells) -> bool:
     """Whether any routing at all could overflow a cell."""
-    tokens, chosen = weights.shape
-    slots = local.placement.slots_per_device // local.chunks
-    return cells.per_expert is None and cells.rows < tokens * min(chosen, slots)
+    return cells.per_expert is None and cells.rows < weights.size
 
 
 def by_slice(counts: Int[Array, "P S"], local: Local) -> Int[Array, "P_to P_from n L"]:
