@@ -9,9 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = (
-    "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter|send|recv"
-)
+KINDS = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter|send|recv"
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 COLLECTIVE = re.compile(rf"^(?:\(.*?\)|\S+) ({KINDS})(?:-start)?\(([^)]*)\)(.*)$")
@@ -57,7 +55,9 @@ class Collective:
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """All collectives of a program compiled for `mesh`; `text` is that of `Compiled.as_text()`."""
     computations = _computations(text)
-    loops = _reached([name for lines in computations.values() for line in lines for name in LOOPED.findall(line)], computations)
+    loops = _reached(
+        [name for lines in computations.values() for line in lines for name in LOOPED.findall(line)], computations
+    )
     found = []
     for name, lines in computations.items():
         types = {m[1]: m[2] for m in map(INSTRUCTION.match, lines) if m}
@@ -108,7 +108,9 @@ def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:
     for count in range(len(mesh.axis_names) + 1):
         for axes in itertools.combinations(range(ids.ndim), count):
             width = math.prod(ids.shape[axis] for axis in axes)
-            if {frozenset(row) for row in np.moveaxis(ids, axes, range(-count, 0)).reshape(-1, width).tolist()} == groups:
+            if {
+                frozenset(row) for row in np.moveaxis(ids, axes, range(-count, 0)).reshape(-1, width).tolist()
+            } == groups:
                 return tuple(mesh.axis_names[axis] for axis in axes)
     raise AssertionError(f"groups of no mesh axes: {attributes}")
 

@@ -14,7 +14,9 @@ from moejax.moe.router import NOWHERE
 
 # Machine code is made faster and runs slower; the collectives and the arithmetic are the same.
 FAST = {"xla_backend_optimization_level": 0}
-MESHES = [f"ep={ep},tp={tp}" for ep, tp in [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (4, 2), (2, 4), (8, 1), (1, 8), (3, 2)]]
+MESHES = [
+    f"ep={ep},tp={tp}" for ep, tp in [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (4, 2), (2, 4), (8, 1), (1, 8), (3, 2)]
+]
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,9 @@ def test_blocks_of_queries_equal_all_at_once(length, window):
     q, k, v = inputs(1, length)
     segments = jnp.asarray(np.minimum(np.arange(length) // 300, 3)[None], jnp.int32)
     distance = np.arange(length)[:, None] - np.arange(length)
-    visible = (distance >= 0) & (distance < (window or length)) & (segments[0][:, None] == segments[0]) & (segments[0] > 0)
+    visible = (
+        (distance >= 0) & (distance < (window or length)) & (segments[0][:, None] == segments[0]) & (segments[0] > 0)
+    )
     got = causal(window)(q, k, v, segments)
     direct = jax.jit(attend)(q, k, v, visible[None])
     real = np.asarray(segments) > 0

@@ -21,7 +21,7 @@ from moe_cases import (
     waves_of,
 )
 
-from moejax import ExpertParams, MoejaxError, Routing, make_mesh, moe
+from moejax import ExpertParams, MoejaxError, Routing, moe
 from moejax.moe.router import NOWHERE
 
 EVEN = Block(shared=8)

@@ -59,7 +59,13 @@ FAST_CASES = [("ep=4,tp=2", ODD, 1), ("ep=2,tp=4", EVEN, 1)]
 
 def with_slow(cases):
     rest = [(spec, block, 1) for spec in MESHES for block in (EVEN, ODD) if (spec, block, 1) not in cases]
-    return [*cases, *(pytest.param(*case, marks=pytest.mark.slow) for case in [*rest, ("ep=4,tp=2", ODD, 2), ("ep=2,tp=4", ODD, 3)])]
+    return [
+        *cases,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [*rest, ("ep=4,tp=2", ODD, 2), ("ep=2,tp=4", ODD, 3)]
+        ),
+    ]
 
 
 @pytest.mark.parametrize(("spec", "block", "chunks"), with_slow(FAST_CASES))

@@ -176,4 +176,6 @@ def test_a_cut_decoding_step_exchanges_rows_only():
     over_ep = Counter((c.kind, c.dtype) for c in found if "ep" in c.axes and not c.loop)
     assert over_ep == {("all-to-all", "f32"): 2 * config.num_layers, ("all-gather", "s32"): config.num_layers}
     attention = [c for c in found if "attention" in c.scope]
-    assert [c.brief() for c in attention] == [("all-reduce", "tp", "f32", 2 * 4 * config.hidden_size)] * config.num_layers
+    assert [c.brief() for c in attention] == [
+        ("all-reduce", "tp", "f32", 2 * 4 * config.hidden_size)
+    ] * config.num_layers

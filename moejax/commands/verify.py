@@ -96,7 +96,7 @@ def _meshes(args: argparse.Namespace) -> list[Mesh]:
 def _table(rows: list[Row]) -> Table:
     """The rows in 80 columns. A 16-bit dtype is judged by other figures, which take the place of those of float32."""
     figures = _narrow_figures if rows[0].kl is not None else _figures
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("mesh", "strategy", *figures(rows[0]), "bad layer", "ok"):
         table.add_column(title, no_wrap=True)
     for row in rows:
