@@ -75,6 +75,7 @@ class LanguageModel:
         """
         ids = check_tokens(tokens, self.config)
         segments, places = _segments_and_positions(ids.shape, segment_ids, positions, attention_mask)
+        _check_packing(self.config, segments, places)
         lie = lay(ids.shape[0], self.mesh, self.options)
         arrays = (self.put_rows(a, lie) for a in (ids, segments, places))
         flags = bool(output_router_logits), bool(output_hidden_states)
@@ -143,6 +144,20 @@ def _segments_and_positions(
     starts = np.ones(shape, bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return segments, index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+
+
+def _check_packing(config: ModelConfig, segments: np.ndarray, positions: np.ndarray) -> None:
+    """A dynamic rotary base follows the length of a row, so sequences packed in one row would not be as each alone."""
+    real = segments > 0
+    longest = np.max(positions, where=real, initial=-1) + 1
+    if config.rope.kind != "dynamic" or longest <= config.max_position_embeddings:
+        return
+    packed = [len(np.unique(row[row > 0])) > 1 for row in segments]
+    if any(packed):
+        raise MoejaxError(
+            f"row {packed.index(True)} packs several sequences, one of {longest} tokens; with dynamic rope scaling, "
+            f"sequences over {config.max_position_embeddings} tokens need rows of their own"
+        )
 
 
 def _integers(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -82,8 +82,8 @@ def _attention(model: LanguageModel, batch: int) -> str:
     return (
         f"attention data parallel {data} x tensor parallel {tensor}"
         + (f" x {alike} alike" if alike > 1 else "")
-        + f": {share.heads} of {attention.num_heads} heads over {share.kv_heads} of {attention.num_kv_heads} key/value heads"
-        " a device"
+        + f": {share.heads} of {attention.num_heads} heads over {share.kv_heads} of {attention.num_kv_heads} "
+        "key/value heads a device"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter|send|recv"
+KINDS = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter"
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 COLLECTIVE = re.compile(rf"^(?:\(.*?\)|\S+) ({KINDS})(?:-start)?\(([^)]*)\)(.*)$")

@@ -120,9 +120,8 @@ def keep_first(routing: Routing, senders: int, capacity: int) -> tuple[Routing, 
     return Routing(routing.weights, jnp.asarray(experts)), dropped
 
 
-def cell_rows(tokens: int, chosen: int, experts: int, ep: int, chunks: int) -> int:
-    """The documented capacity of an exact cell: 1.5 times the even share, never more than it can be asked to hold."""
-    slots = -(-experts // ep) // chunks
+def cell_rows(tokens: int, chosen: int, ep: int, chunks: int) -> int:
+    """The documented capacity of an exact cell: 1.5 times the even share, never more than all pairs."""
     return max(1, min(math.ceil(1.5 * tokens * chosen / (ep * chunks)), tokens * chosen))
 
 
@@ -136,5 +135,5 @@ def waves_of(routing: Routing, block: Block, ep: int, chunks: int = 1) -> int:
         for expert in chosen[chosen != NOWHERE]:
             cell = (token // tokens, expert // slots)
             cells[cell] = cells.get(cell, 0) + 1
-    rows = cell_rows(tokens, block.chosen, block.experts, ep, chunks)
+    rows = cell_rows(tokens, block.chosen, ep, chunks)
     return max(1, math.ceil(max(cells.values(), default=0) / rows))

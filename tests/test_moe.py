@@ -25,7 +25,7 @@ from moejax import ExpertParams, MoejaxError, Routing, moe
 from moejax.moe.router import NOWHERE
 
 EVEN = Block(shared=8)
-# 30 tokens are cut unevenly by 4 and 8; 6 experts leave slots empty; tp=4 divides neither 18 columns nor any hidden width.
+# 4 and 8 cut 30 tokens unevenly; 6 experts leave slots empty; tp=4 divides neither 18 columns nor a hidden width.
 ODD = Block(tokens=30, width=18, hidden=9, experts=6, chosen=3, shared=5, gated=True)
 ALL = Block(tokens=24, hidden=8, experts=4, chosen=4)
 SMALL = Block(tokens=24, experts=4)
@@ -77,7 +77,7 @@ def documented_bytes(strategy, block, ep, tp, chunks, waves):
         return (whole if ep > 1 else 0, whole if ep == 1 < tp else 0)
     shares = tp > 1 and block.width % tp == 0
     share = block.width // tp if shares else block.width
-    rows = chunks * ep * cell_rows(tokens, block.chosen, block.experts, ep, chunks)
+    rows = chunks * ep * cell_rows(tokens, block.chosen, ep, chunks)
     slots = -(-block.experts // ep) * ep
     ep_bytes = waves * 2 * rows * share * 4 + 4 * slots if ep > 1 else 0
     if not shares:

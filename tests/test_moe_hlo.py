@@ -94,7 +94,7 @@ def test_all_to_all_sends_shares(spec, block, chunks):
     found, (y, accounting) = program(spec, block, "all_to_all", chunks)
     ep, tp = (int(part.split("=")[1]) for part in spec.split(","))
     tokens, width = block.tokens // ep, block.width
-    rows = ep * cell_rows(tokens, block.chosen, block.experts, ep, chunks)
+    rows = ep * cell_rows(tokens, block.chosen, ep, chunks)
     exchange = Counter(
         {
             ("all-to-all", "ep", "f32", 4 * rows * width // tp): 2 * chunks,
@@ -119,7 +119,7 @@ def test_all_to_all_sends_shares(spec, block, chunks):
 def test_all_to_all_sends_whole_rows_where_tp_does_not_divide_them():
     """tp=4 and 18 columns: one all-reduce over tp, outside of the loop."""
     found, (_, accounting) = program("ep=2,tp=4", WHOLE_ROWS, "all_to_all")
-    rows = 2 * cell_rows(16, 2, 8, 2, 1)
+    rows = 2 * cell_rows(16, 2, 2, 1)
     payload = Counter({("all-to-all", "ep", "f32", 4 * rows * 18): 2})
     once = Counter({("all-gather", "ep", "s32", 32): 1, ("all-reduce", "tp", "f32", 4 * 16 * 18): 1})
     assert brief(found, loop=False) == payload + once

@@ -91,7 +91,7 @@ def test_generate_gives_the_tokens_of_one_process_and_reads_only_its_own_slices(
     capsys: pytest.CaptureFixture[str],
 ):
     argv = ["generate", "--model", str(folder), "--mesh", MESH, *MODES, "--max-new-tokens", "12", "--seed", "5"]
-    argv += ["--temperature", "0.9", "--top-k", "40"]
+    argv += ["--temperature", "0.9", "--top-k", "40", "--strategy", "all_to_all"]
     text = "Once upon a time"
     done = run_processes(2, driver(*argv, stdin=text + "\n"))
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
@@ -109,11 +109,12 @@ def test_generate_gives_the_tokens_of_one_process_and_reads_only_its_own_slices(
         assert f"bytes read: {bytes_of_shards(folder, mesh(MESH), half)}\n" in process.stderr
 
 
+@pytest.mark.parametrize("strategy", [pytest.param("all_to_all", marks=pytest.mark.slow), "all_reduce"])
 def test_verify_gives_the_rows_of_one_process(
-    tmp_path: Path, run_processes: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+    strategy: str, tmp_path: Path, run_processes: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
 ):
     folder = write_checkpoint(tmp_path, RAW | {"num_hidden_layers": 1})
-    argv = ["verify", "--model", str(folder), "--meshes", MESH, "--strategies", "all_to_all", *MODES]
+    argv = ["verify", "--model", str(folder), "--meshes", MESH, "--strategies", strategy, *MODES]
     done = run_processes(2, ["-m", "moejax", *argv])
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     assert done[1].stdout == ""

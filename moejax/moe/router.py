@@ -56,12 +56,22 @@ def softmax_router(num_experts_per_tok: int, *, renormalise: bool = True) -> Rou
 
     def route(logits: Float[Array, "*T E"]) -> Routing:
         probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        weights, experts = lax.top_k(probabilities, num_experts_per_tok)
+        weights, experts = _largest(probabilities, num_experts_per_tok)
         if renormalise:
             weights = weights / weights.sum(-1, keepdims=True)
-        return Routing(weights=weights, experts=experts.astype(jnp.int32))
+        return Routing(weights=weights, experts=experts)
 
     return route
+
+
+def _largest(scores: Float[Array, "*T E"], count: int) -> tuple[Float[Array, "*T K"], Int[Array, "*T K"]]:
+    """The largest scores, in order, and their indices.
+
+    Not `lax.top_k`: the compiler cannot cut that one (seen with jax 0.12), and gathers the scores of all tokens first.
+    """
+    experts = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    descending, order = lax.sort((-scores, experts), dimension=scores.ndim - 1, is_stable=True, num_keys=1)
+    return -descending[..., :count], order[..., :count]
 
 
 def router_for(config: MoEConfig) -> Router:
