@@ -99,10 +99,7 @@ def _array(operand: str, types: dict[str, str]) -> tuple[str, tuple[int, ...]]:
 
 
 def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes of replica groups, in any of the spellings: by axis name, as lists of ids, or as an iota."""
-    if named := re.search(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}", attributes):
-        axes = re.findall(r"'(\w+)'", named[1])
-        return tuple(axis for axis in mesh.axis_names if axis in axes)
+    """The mesh axes of replica groups, in any of the spellings: by axes of a mesh, as lists of ids, or as an iota."""
     groups = _groups(attributes, mesh.size)
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     for count in range(len(mesh.axis_names) + 1):
@@ -116,6 +113,13 @@ def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _groups(attributes: str, devices: int) -> set[frozenset[int]]:
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        # Not always by the program's own names: axes that the compiler made up are called axis_0 and so on.
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        ids = np.arange(devices).reshape([int(size) for size in sizes.values()])
+        across = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[2])]
+        rows = np.moveaxis(ids, across, range(-len(across), 0))
+        return {frozenset(row) for row in rows.reshape(-1, math.prod(ids.shape[axis] for axis in across)).tolist()}
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, reshape, transpose = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
         ids = np.arange(math.prod(reshape)).reshape(reshape)

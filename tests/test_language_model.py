@@ -261,5 +261,7 @@ def test_packed_sequences_past_the_trained_length_of_dynamic_rope_are_refused(tm
     model = moejax.load(folder, mesh=moejax.make_mesh("ep=1,tp=1"))
     length = model.config.max_position_embeddings + 1
     packed = np.repeat([[1, 2]], [length, 3], axis=1)
-    with pytest.raises(moejax.MoejaxError, match=rf"row 0 packs several sequences, one of {length} tokens; with dynamic rope"):
+    with pytest.raises(
+        moejax.MoejaxError, match=rf"row 0 packs several sequences, one of {length} tokens; with dynamic rope"
+    ):
         model(np.ones_like(packed), segment_ids=packed)

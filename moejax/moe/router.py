@@ -67,11 +67,13 @@ def softmax_router(num_experts_per_tok: int, *, renormalise: bool = True) -> Rou
 def _largest(scores: Float[Array, "*T E"], count: int) -> tuple[Float[Array, "*T K"], Int[Array, "*T K"]]:
     """The largest scores, in order, and their indices.
 
-    Not `lax.top_k`: the compiler cannot cut that one (seen with jax 0.12), and gathers the scores of all tokens first.
+    Not `lax.top_k`, which the compiler does not cut over devices: it would gather the scores of all tokens first.
     """
-    experts = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    descending, order = lax.sort((-scores, experts), dimension=scores.ndim - 1, is_stable=True, num_keys=1)
-    return -descending[..., :count], order[..., :count]
+    experts = jnp.zeros_like(scores, jnp.int32) + jnp.arange(scores.shape[-1], dtype=jnp.int32)  # cut as the scores are
+    keys = -lax.stop_gradient(scores)
+    _, order = lax.sort((keys, experts), dimension=scores.ndim - 1, is_stable=True, num_keys=1)
+    chosen = order[..., :count]
+    return jnp.take_along_axis(scores, chosen, -1), chosen
 
 
 def router_for(config: MoEConfig) -> Router:
