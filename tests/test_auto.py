@@ -14,7 +14,7 @@ from moejax.moe.auto import STRATEGIES, check_strategy, choose
         ("auto", 5, 1, "all_reduce", "one device along ep holds all experts"),
         ("auto", 8, 4, "all_to_all", "8 rows are cut over ep=4, so tokens travel to their experts"),
         ("auto", 4, 4, "all_to_all", "4 rows are cut over ep=4, so tokens travel to their experts"),
-        ("auto", 1, 4, "all_reduce", "ep=4 does not divide 1 rows, so every device holds all tokens"),
+        ("auto", 1, 4, "all_reduce", "ep=4 does not divide a single row, so every device holds all tokens"),
         ("auto", 6, 4, "all_reduce", "ep=4 does not divide 6 rows, so every device holds all tokens"),
         ("all_to_all", 1, 4, "all_to_all", "asked for"),
         ("all_reduce", 8, 4, "all_reduce", "asked for"),

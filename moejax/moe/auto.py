@@ -38,5 +38,6 @@ def choose(strategy: str, rows: int, ep_size: int) -> Choice:
     if ep_size == 1:
         return Choice("all_reduce", "one device along ep holds all experts")
     if rows % ep_size:
-        return Choice("all_reduce", f"ep={ep_size} does not divide {rows} rows, so every device holds all tokens")
+        count = "a single row" if rows == 1 else f"{rows} rows"
+        return Choice("all_reduce", f"ep={ep_size} does not divide {count}, so every device holds all tokens")
     return Choice("all_to_all", f"{rows} rows are cut over ep={ep_size}, so tokens travel to their experts")
