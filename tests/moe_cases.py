@@ -63,6 +63,7 @@ class Block:
             "ties": np.tile(np.arange(k), (t, 1)),  # equal logits everywhere choose the K lowest experts
             "last experts": np.tile(np.arange(e - k, e), (t, 1)),
             "all to one expert": one,
+            "one expert K times": np.full((t, k), e - 1),  # a user's own router may
             "half of the experts": few,
             "some choices nowhere": holes,
             "mostly padding": padded,
