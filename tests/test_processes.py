@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the demo's tokenizer, so that it continues text."""
     import moejax
 
-    folder = write_checkpoint(tmp_path_factory.mktemp("text"), RAW | {"vocab_size": 4096})
+    folder = write_checkpoint(tmp_path_factory.mktemp("text"), RAW | {"vocab_size": 4096, "num_hidden_layers": 1})
     tokenizer = Path(moejax.__file__).parent / "demo" / "tokenizer.json"
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return folder
