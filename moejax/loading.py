@@ -22,7 +22,6 @@ from moejax.inference.tokenizer import Tokenizer
 from moejax.language_model import LanguageModel, role_of
 from moejax.mesh import make_mesh
 from moejax.model import Decoder, Options
-from moejax.moe.auto import check_strategy
 from moejax.moe.placement import Placement
 from moejax.nn.heads import head_layout
 
@@ -60,7 +59,7 @@ def load(
     Raises:
       MoejaxError: no such model, a config that is not supported, or files that do not fit it; the message says which.
     """
-    check_strategy(strategy)
+    options = Options(strategy, capacity_factor, chunks)
     folder = resolve(str(model))
     raw = read_json(folder, "config.json")
     config = read_config(raw)
@@ -77,7 +76,7 @@ def load(
         config=config,
         decoder=nnx.merge(graph, state),
         mesh=mesh,
-        options=Options(strategy, capacity_factor, chunks),
+        options=options,
         folder=folder,
         raw_config=raw,
         generation_config=read_json(folder, "generation_config.json", required=False),

@@ -1,5 +1,6 @@
 """The decoder: embedding, layers, head. Pure computation on a mesh; files, text and loops are elsewhere."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
-from moejax.moe.auto import Choice, choose
+from moejax.errors import MoejaxError
+from moejax.moe.auto import Choice, check_strategy, choose
 from moejax.moe.layer import MoEDetails, Parallel, sharded_param
 from moejax.nn.block import Block
 from moejax.nn.cache import LayerCache
@@ -29,6 +31,13 @@ class Options:
     strategy: str = "auto"
     capacity_factor: float | None = None
     chunks: int = 1
+
+    def __post_init__(self) -> None:
+        check_strategy(self.strategy)
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise MoejaxError(f"capacity_factor={self.capacity_factor} must be above 0 (1.25 is usual)")
+        if self.chunks < 1:
+            raise MoejaxError(f"chunks={self.chunks} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 # LLVM at its lowest level compiles a third faster, and tests mostly compile. What XLA itself does stays the same.
-FAST_COMPILE = "--xla_backend_optimization_level=0"
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 
 jax.config.update("jax_platforms", "cpu")

@@ -336,3 +336,18 @@ print(process.wait(), "Traceback" in process.stderr.read())
 """
     done = run_python([code, *argv, "--max-new-tokens", "400"], timeout=300)
     assert done.stdout == "141 False\n", done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_something_is_compiled(run_python: Callable[..., Any]):
+    code = """
+import signal, subprocess, sys, time
+command = [sys.executable, "-m", "moejax", "generate", "--mesh", "ep=2", "--platform", "cpu", "--prompt", "Once"]
+process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+while not process.stderr.readline().startswith("memory"):
+    pass
+time.sleep(2)
+process.send_signal(signal.SIGINT)
+print(process.communicate(), process.returncode)
+"""
+    assert run_python([code], timeout=300).stdout == "('', 'interrupted\\n') 130\n"

@@ -1,6 +1,7 @@
 """What all command lines share: the parser, the common options, and how errors become one line and an exit code."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ from moejax.errors import MoejaxError
 PLATFORMS = ("cpu", "cuda", "tpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STRATEGIES = ("auto", "all_to_all", "all_reduce")
+INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,7 +89,10 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
         reason = _one_line(str(error))
         return _failed(2, f"error: {reason}", reason)
     except KeyboardInterrupt:
-        return _failed(130, "interrupted", "interrupted")
+        code = _failed(INTERRUPTED, "interrupted", "interrupted")
+        if argv is None:
+            leave(code)
+        return code
     except BrokenPipeError:
         # What is still buffered would raise again at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,6 +103,14 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
             return _failed(1, traceback.format_exc(), _one_line(f"{type(error).__name__}: {error}"))
         raise
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends an interrupted process at once: after an interrupted compilation JAX crashes at the interpreter's exit."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _enter(args: argparse.Namespace) -> None:

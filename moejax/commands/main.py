@@ -6,6 +6,7 @@ import importlib
 import sys
 
 import moejax
+from moejax.commands.common import INTERRUPTED, leave
 
 COMMANDS = {
     "generate": "continue prompts with a mixture-of-experts model",
@@ -15,7 +16,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command that the first argument names and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        code = main(sys.argv[1:])
+        return leave(code) if code == INTERRUPTED else code
     if argv and argv[0] in COMMANDS:
         return importlib.import_module(f"moejax.commands.{argv[0]}").main(argv[1:])
     if argv and argv[0] in ("-h", "--help"):
