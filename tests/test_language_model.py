@@ -241,11 +241,23 @@ def test_long_sequences_are_scored_in_blocks_of_queries(mesh, tmp_path, spec: st
 def test_bad_options_of_the_blocks_are_named_at_the_first_call(parallel):
     for options, message in [
         (Options(chunks=3), "chunks=3 does not divide the 2 expert slots of a device"),
-        (Options(capacity_factor=-1.0), "capacity_factor=-1.0 must be above 0"),
         (Options("all_reduce", capacity_factor=1.0), "capacity_factor is for strategy all_to_all"),
     ]:
         with pytest.raises(moejax.MoejaxError, match=message):
             replace(parallel, options=options)(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity_factor": -1.0}, "capacity_factor=-1.0 must be above 0"),
+        ({"capacity_factor": float("nan")}, "capacity_factor=nan must be above 0"),
+        ({"strategy": "all_reduce", "chunks": 0}, "chunks=0 must be at least 1"),
+    ],
+)
+def test_options_that_fit_no_model_are_refused_before_anything_is_read(options, message):
+    with pytest.raises(moejax.MoejaxError, match=message):
+        moejax.load("no such model", **options)
 
 
 def test_every_public_name_explains_itself():
