@@ -13,7 +13,9 @@ from moejax import distributed
 from moejax.commands.common import DTYPES, base_parser, run
 from moejax.commands.session import agree_on, console, log
 from moejax.errors import MoejaxError
+from moejax.loading import load
 from moejax.mesh import MeshShape, make_mesh, parse_mesh
+from moejax.report import report_lines
 from moejax.verification.compare import Row
 from moejax.verification.run import Verifier
 
@@ -66,7 +68,10 @@ def _verify(args: argparse.Namespace) -> int:
         for number, (mesh, strategy) in enumerate(jobs, 1):
             shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
             status.update(f"{number} of {len(jobs)}: {shape} {strategy}")
-            rows += verifier.rows([mesh], [strategy])
+            model = load(folder, mesh=mesh, dtype=args.dtype, strategy=strategy)
+            for line in report_lines(model, len(verifier.prompts)):
+                log(line)
+            rows.append(verifier.check(model))
             log(f"{'ok  ' if rows[-1].ok else 'BAD '} {shape} {strategy} ({time.perf_counter() - began:.0f} s)")
     ok = all(row.ok for row in rows)
     if args.json:
