@@ -38,7 +38,7 @@ FAST_CASES = [
     ("ep=4,tp=2", ODD, 2),
     ("ep=2,tp=4", EVEN, 1),
     ("ep=8,tp=1", ODD, 1),
-    ("ep=3,tp=2", NINE_SLOTS, 3),
+    ("ep=3,tp=2", NINE_SLOTS, 1),
 ]
 FAST_REPLICATED = [("ep=4,tp=2", ODD), ("ep=2,tp=4", EVEN), ("ep=8,tp=1", ODD), ("ep=3,tp=2", NINE_SLOTS)]
 
