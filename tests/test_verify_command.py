@@ -3,16 +3,16 @@
 import argparse
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
 from rich.console import Console
 from tiny import CONFIGS, write_checkpoint
 
 from moejax.commands import verify
 from moejax.errors import MoejaxError
+from moejax.language_model import LanguageModel
 from moejax.verification.compare import Row
 
 KEYS = ["mesh", "strategy", "max_rel_err", "greedy_match", "dropped", "ties", "min_margin", "first_bad_layer", "ok"]
@@ -35,10 +35,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, st
                 assert (folder / "config.json").is_file()
                 assert dtype in ("float32", "bfloat16")
 
-            def rows(self, meshes: Sequence[jax.sharding.Mesh], strategies: Sequence[str]) -> Iterator[Row]:
-                for mesh, strategy in ((mesh, strategy) for mesh in meshes for strategy in strategies):
-                    asked.append((f"ep={mesh.shape['ep']},tp={mesh.shape['tp']}", strategy))
-                    yield rows[(len(asked) - 1) % len(rows)]
+            def check(self, model: LanguageModel) -> Row:
+                asked.append((f"ep={model.mesh.shape['ep']},tp={model.mesh.shape['tp']}", model.options.strategy))
+                return rows[(len(asked) - 1) % len(rows)]
 
         monkeypatch.setattr(verify, "Verifier", Verifier)
         return asked
@@ -55,7 +54,10 @@ def test_the_json_has_the_contracts_keys_and_nothing_else_is_on_stdout(answers, 
     assert list(result) == ["rows", "ok"]
     assert [list(row) for row in result["rows"]] == [KEYS]
     assert result["ok"] is True
-    assert [line.split(" (")[0] for line in err.splitlines()[1:]] == ["ok   ep=4,tp=2 all_to_all"]
+    first, *report, last = err.splitlines()
+    assert first.startswith("oracle ")
+    assert [line.split()[0] for line in report] == ["mesh", "strategy", "attention", "memory"]
+    assert last.split(" (")[0] == "ok   ep=4,tp=2 all_to_all"
 
 
 def test_a_bad_row_makes_the_exit_code_1_and_stays_json(answers, capsys: pytest.CaptureFixture[str]):
