@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 
+import jax
 from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -72,6 +73,8 @@ def _verify(args: argparse.Namespace) -> int:
             for line in report_lines(model, len(verifier.prompts)):
                 log(line)
             rows.append(verifier.check(model))
+            # Each row has programs of its own. Kept, those of some fifty rows use up the system's memory maps.
+            jax.clear_caches()
             log(f"{'ok  ' if rows[-1].ok else 'BAD '} {shape} {strategy} ({time.perf_counter() - began:.0f} s)")
     ok = all(row.ok for row in rows)
     if args.json:
