@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).parents[1]
 Result = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Drops a module's compiled programs at its end; those of all modules together use up the system's memory maps."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
