@@ -21,7 +21,7 @@ from moejax.nn.embedding import embed, head_logits
 from moejax.nn.norm import rms_norm
 from moejax.nn.rope import rope_tables
 from moejax.nn.stream import Stream
-from moejax.sharding import place
+from moejax.sharding import place, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def lay(batch: int, mesh: Mesh, options: Options) -> Lie:
         capacity_factor=options.capacity_factor,
         chunks=options.chunks if cut else 1,
     )
-    return Lie(Stream(mesh, cut and ep > 1), choice, -(-batch // ep) * ep if cut else batch, parallel)
+    return Lie(Stream(mesh, cut and ep > 1), choice, round_up(batch, ep) if cut else batch, parallel)
 
 
 @struct.dataclass
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         """Random weights in `dtype`."""
         self.config = config
-        rows = -(-config.vocab_size // mesh.shape["tp"]) * mesh.shape["tp"]
+        rows = round_up(config.vocab_size, mesh.shape["tp"])
 
         def table() -> nnx.Param:
             value = jax.random.normal(rngs.params(), (rows, config.hidden_size), dtype)

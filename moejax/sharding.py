@@ -74,6 +74,11 @@ def pmax(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return lax.pmax(x, tuple(axes)) if axes else x
 
 
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
 def pad_axis(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
     """`x` with its `axis` filled up to `size` entries by `value`."""
     missing = size - x.shape[axis]

@@ -25,7 +25,7 @@ from moejax.inference.sampling import (
 from moejax.language_model import LanguageModel
 from moejax.model import Decoder, Lie, lay
 from moejax.nn.cache import LayerCache
-from moejax.sharding import place
+from moejax.sharding import place, round_up
 
 BUCKET = 16
 """Prompts are padded, and caches sized, to multiples of this, so that a new length seldom compiles anew."""
@@ -188,7 +188,7 @@ def _draw(
 
 
 def _bucket(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
+    return round_up(length, BUCKET)
 
 
 def _signature(leaf: jax.Array) -> tuple:

@@ -18,7 +18,7 @@ from moejax.moe.router import NOWHERE, Routing
 from moejax.moe.strategies.all_reduce import all_reduce
 from moejax.moe.strategies.all_to_all import all_to_all
 from moejax.moe.strategies.local import Accounting, Local
-from moejax.sharding import AnyMesh, axis_size, live_axes, live_spec, pad_axis, place, restore
+from moejax.sharding import AnyMesh, axis_size, live_axes, live_spec, pad_axis, place, restore, round_up
 
 StrategyFunction: TypeAlias = Callable[[jax.Array, Routing, ExpertParams, Local], tuple[jax.Array, Accounting]]
 PARAM_NAMES = tuple(field.name for field in dataclasses.fields(ExpertParams))
@@ -121,7 +121,7 @@ def _on_mesh(
     mesh: AnyMesh,
 ) -> tuple[jax.Array, Accounting]:
     cut = local.others + (local.ep_axes if choice.strategy == "all_to_all" else ())
-    rows = -(-x.shape[0] // axis_size(mesh, cut)) * axis_size(mesh, cut)
+    rows = round_up(x.shape[0], axis_size(mesh, cut))
     spec = live_spec(mesh, cut)
     weights = expert_specs(mesh, params, local.ep, local.tp)
     inputs = (

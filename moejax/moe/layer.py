@@ -17,7 +17,7 @@ from moejax.moe.placement import Placement
 from moejax.moe.router import Router, Routing, router_for
 from moejax.moe.strategies.local import Accounting
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, live_spec
+from moejax.sharding import AnyMesh, axis_size, live_spec, round_up
 
 
 @struct.dataclass
@@ -96,8 +96,8 @@ class MoE(nnx.Module):
             ep_axis, tp_axis, None if batch_axes is None else tuple(batch_axes), strategy, capacity_factor, chunks
         )
         where = mesh if mesh is not None else current_mesh()
-        ep, tp = axis_size(where, ep_axis if where else None), axis_size(where, tp_axis if where else None)
-        slots, wide = Placement(config.num_experts, ep).slots, _multiple(config.intermediate_size, tp)
+        ep, tp = axis_size(where, ep_axis), axis_size(where, tp_axis)
+        slots, wide = Placement(config.num_experts, ep).slots, round_up(config.intermediate_size, tp)
         d, f, e = config.hidden_size, config.intermediate_size, config.num_experts
 
         def param(full: tuple[int, ...], padded: tuple[int, ...], inputs: int, *cut: str | None) -> nnx.Param:
@@ -107,7 +107,7 @@ class MoE(nnx.Module):
         self.router = param((d, e), (d, e), d, None, None)
         self.gate_up = param((e, d, 2, f), (slots, d, 2, wide), d, ep_axis, None, None, tp_axis)
         self.down = param((e, f, d), (slots, wide, d), f, ep_axis, tp_axis, None)
-        shared, shared_wide = config.shared_intermediate_size, _multiple(config.shared_intermediate_size, tp)
+        shared, shared_wide = config.shared_intermediate_size, round_up(config.shared_intermediate_size, tp)
         self.shared_gate_up = param((d, 2, shared), (d, 2, shared_wide), d, None, None, tp_axis) if shared else None
         self.shared_down = param((shared, d), (shared_wide, d), shared, tp_axis, None) if shared else None
         self.shared_gate = param((d,), (d,), d, None) if config.shared_gate else None
@@ -163,7 +163,3 @@ def sharded_param(value: jax.Array, mesh: AnyMesh | None, *cut: str | None) -> n
 
 def _zero_fill(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(value, [(0, full - have) for full, have in zip(shape, value.shape, strict=True)])
-
-
-def _multiple(size: int, of: int) -> int:
-    return -(-size // of) * of

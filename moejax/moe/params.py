@@ -6,7 +6,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from moejax.config import Activation
-from moejax.sharding import AnyMesh, live_spec, pad_axis
+from moejax.sharding import AnyMesh, live_spec, pad_axis, round_up
 
 
 @struct.dataclass
@@ -48,7 +48,7 @@ def fill_up(params: ExpertParams, ep_size: int, tp_size: int) -> ExpertParams:
     """
 
     def up(x: jax.Array | None, axis: int, multiple: int) -> jax.Array | None:
-        return None if x is None else pad_axis(x, axis, -(-x.shape[axis] // multiple) * multiple)
+        return None if x is None else pad_axis(x, axis, round_up(x.shape[axis], multiple))
 
     return params.replace(  # type: ignore[attr-defined]
         gate_up=up(up(params.gate_up, 0, ep_size), 3, tp_size),

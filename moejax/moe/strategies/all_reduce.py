@@ -3,7 +3,7 @@
 Made for few tokens (decode), where the latency of one collective is all that counts: the sum over experts, the sum over
 the cut hidden width and the shared expert's part travel together.
 
-Bytes: ep_bytes = T D w + 0, over both axes in one all-reduce, where w is the width of x's dtype; tp_bytes = 0 (with one
+Bytes: ep_bytes = T D w, over both axes in one all-reduce, where w is the width of x's dtype; tp_bytes = 0 (with one
 device along `ep`, the same T D w count as tp_bytes). T is this device's tokens.
 """
 
