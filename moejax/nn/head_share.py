@@ -1,6 +1,7 @@
 """Which heads one device computes: its part of the tensor axis, divided along `ep` where the stream is replicated."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -12,9 +13,6 @@ from jaxtyping import Array, Float
 
 from moejax.nn.heads import HeadLayout
 from moejax.nn.stream import Stream
-
-QUERY_HEADS = {"q": 1, "o": 0, "q_bias": 0, "q_norm": 0}
-KV_HEADS = {"k": 1, "v": 1, "k_bias": 0, "v_bias": 0, "k_norm": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +44,25 @@ class HeadShare:
         divided = (self.stream.tp, self.stream.ep) if self.helpers > 1 else (self.stream.tp,)
         return self.stream.spec(self.stream.rows, divided)
 
-    def take(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """This device's heads out of its tensor-parallel rank's parameters; all of them where it has no helpers."""
+    def take(
+        self, params: Mapping[str, jax.Array], heads: Mapping[str, int], kv_heads: Mapping[str, int]
+    ) -> dict[str, jax.Array]:
+        """This device's heads out of its tensor-parallel rank's parameters; all of them where it has no helpers.
+
+        Args:
+          params: the rank's parameters by name.
+          heads: the axis of the query heads for each parameter that has them.
+          kv_heads: that of the key/value heads.
+        """
         if self.helpers == 1:
-            return params
+            return dict(params)
         first = lax.axis_index(self.stream.ep) * self.heads
         kv = (first + jnp.arange(self.kv_heads, dtype=jnp.int32) * (self.heads // self.kv_heads)) // self.layout.group
         out = dict(params)
-        for name, axis in QUERY_HEADS.items():
-            if name in params and params[name].ndim > 1:
-                out[name] = lax.dynamic_slice_in_dim(params[name], first, self.heads, axis)
-        for name, axis in KV_HEADS.items():
-            if name in params and params[name].ndim > 1:
-                out[name] = jnp.take(params[name], kv, axis, mode="clip")
+        for name in heads.keys() & params.keys():
+            out[name] = lax.dynamic_slice_in_dim(params[name], first, self.heads, heads[name])
+        for name in kv_heads.keys() & params.keys():
+            out[name] = jnp.take(params[name], kv, kv_heads[name], mode="clip")
         return out
 
     def kv_weights(self) -> Float[Array, " G"]:

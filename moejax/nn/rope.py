@@ -1,6 +1,7 @@
 """Rotary position embeddings: pairs of a head's values turned by angles proportional to the position.
 
-Value i of a head pairs with value i + H/2; H2 = H/2 is the number of pairs. The tables are float32 and follow
+Of the first `rope.dim` values of a head, value i pairs with value i + dim/2, or, interleaved, 2i with 2i + 1; H2 = dim/2
+is the number of pairs. The tables are float32 and follow
 transformers' `modeling_rope_utils`, so that long contexts, where an angle magnifies the last bit of a frequency, agree.
 """
 
@@ -14,7 +15,7 @@ from moejax.config import RopeConfig
 
 
 def inverse_frequencies(
-    rope: RopeConfig, head_dim: int, max_position_embeddings: int, lengths_B: Int[Array, "B"] | None = None
+    rope: RopeConfig, max_position_embeddings: int, lengths_B: Int[Array, "B"] | None = None
 ) -> Float[np.ndarray, "H2"] | Float[Array, "B H2"]:
     """Radians per token of each pair of a head, float32.
 
@@ -23,24 +24,23 @@ def inverse_frequencies(
     batch; here each row takes its own, so that a row in a batch equals the row alone.
 
     Args:
-        rope: the kind and its parameters.
-        head_dim: H, even.
+        rope: the kind, the rotated width and the parameters.
         max_position_embeddings: tokens; the length from which "dynamic" grows.
         lengths_B: current length of each row in tokens (last position + 1); None, for "dynamic", means not above
             `max_position_embeddings`.
 
     Source: https://huggingface.co/papers/2309.00071 (yarn) and transformers' `modeling_rope_utils`.
     """
-    plain = _powers(rope.theta, head_dim)
+    plain = _powers(rope.theta, rope.dim)
     match rope.kind:
         case "default":
             return plain
         case "linear":
             return plain / np.float32(rope.factor)
         case "dynamic":
-            return plain if lengths_B is None else _dynamic(rope, head_dim, max_position_embeddings, lengths_B)
+            return plain if lengths_B is None else _dynamic(rope, max_position_embeddings, lengths_B)
         case "yarn":
-            return _yarn(rope, head_dim, max_position_embeddings)
+            return _yarn(rope, max_position_embeddings)
         case "llama3":
             return _llama3(rope, plain, rope.original_length or max_position_embeddings)
 
@@ -58,7 +58,6 @@ def attention_factor(rope: RopeConfig) -> float:
 
 def rope_tables(
     rope: RopeConfig,
-    head_dim: int,
     max_position_embeddings: int,
     positions_BS: Int[Array, "B S"],
     lengths_B: Int[Array, "B"] | None = None,
@@ -66,14 +65,14 @@ def rope_tables(
     """Cosine and sine of every pair's angle at every position, float32.
 
     Args:
-        rope, head_dim, max_position_embeddings: as `inverse_frequencies` takes them.
+        rope, max_position_embeddings: as `inverse_frequencies` takes them.
         positions_BS: position of each token in its sequence, from 0.
         lengths_B: each row's current length in tokens, which only "dynamic" reads; None means the row's last position
             plus 1, right unless padding carries higher positions than the text.
     """
     if lengths_B is None:
         lengths_B = positions_BS.max(axis=-1) + 1
-    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim, max_position_embeddings, lengths_B))
+    frequencies = jnp.asarray(inverse_frequencies(rope, max_position_embeddings, lengths_B))
     if frequencies.ndim == 2:
         frequencies = frequencies[:, None, :]
     angles_BSH = positions_BS.astype(jnp.float32)[..., None] * frequencies
@@ -82,35 +81,48 @@ def rope_tables(
 
 
 def apply_rope(
-    x_BSNH: Float[Array, "B S N H"], cos_BSH: Float[Array, "B S H2"], sin_BSH: Float[Array, "B S H2"]
+    x_BSNH: Float[Array, "B S N H"],
+    cos_BSH: Float[Array, "B S H2"],
+    sin_BSH: Float[Array, "B S H2"],
+    interleaved: bool = False,
 ) -> Float[Array, "B S N H"]:
-    """Turns the pairs (i, i + H/2) of each head; computed in float32, returned in x's dtype."""
+    """Turns the pairs of each head's first 2 * H2 values; computed in float32, returned in x's dtype.
+
+    Pairs are (i, i + H2), or neighbours where `interleaved`. The other values pass as they are.
+    """
+    pairs = cos_BSH.shape[-1]
+    if not pairs:
+        return x_BSNH
     cos, sin = cos_BSH[:, :, None, :], sin_BSH[:, :, None, :]
-    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BSNH.dtype)
+    turned, rest = x_BSNH[..., : 2 * pairs], x_BSNH[..., 2 * pairs :]
+    # [.., 2, pairs] or [.., pairs, 2]: the axis that holds the two values of a pair.
+    axis = -1 if interleaved else -2
+    split = turned.astype(jnp.float32).reshape(*turned.shape[:-1], *((pairs, 2) if interleaved else (2, pairs)))
+    first, second = jnp.moveaxis(split, axis, 0)
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis).reshape(turned.shape)
+    return jnp.concatenate([turned.astype(x_BSNH.dtype), rest], axis=-1)
 
 
-def _exponents(head_dim: int) -> Float[np.ndarray, "H2"]:
-    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+def _exponents(dim: int) -> Float[np.ndarray, "H2"]:
+    return np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
 
 
-def _powers(theta: float, head_dim: int) -> Float[np.ndarray, "H2"]:
+def _powers(theta: float, dim: int) -> Float[np.ndarray, "H2"]:
     """1 / theta^(2i/H), the power rounded to float32 before it is inverted, as torch has it."""
-    return np.float32(1) / _periods(theta, head_dim)
+    return np.float32(1) / _periods(theta, dim)
 
 
-def _periods(theta: float, head_dim: int) -> Float[np.ndarray, "H2"]:
+def _periods(theta: float, dim: int) -> Float[np.ndarray, "H2"]:
     # The power itself in float64: numpy's float32 power differs between processors.
-    return (float(np.float32(theta)) ** _exponents(head_dim).astype(np.float64)).astype(np.float32)
+    return (float(np.float32(theta)) ** _exponents(dim).astype(np.float64)).astype(np.float32)
 
 
 def _dynamic(
-    rope: RopeConfig, head_dim: int, max_position_embeddings: int, lengths_B: Int[Array, "B"]
+    rope: RopeConfig, max_position_embeddings: int, lengths_B: Int[Array, "B"]
 ) -> Float[Array, "B H2"]:
     """1 / (theta * growth^(H/(H-2)))^(2i/H), written so that float32 only raises the growth to a power."""
-    plain = _powers(rope.theta, head_dim)
-    exponents = (_exponents(head_dim).astype(np.float64) * -head_dim / (head_dim - 2)).astype(np.float32)
+    plain = _powers(rope.theta, rope.dim)
+    exponents = (_exponents(rope.dim).astype(np.float64) * -rope.dim / (rope.dim - 2)).astype(np.float32)
     growth_B = rope.factor * lengths_B.astype(jnp.float32) / max_position_embeddings - (rope.factor - 1)
     # Below the trained length, where it would shrink, growth is 1 and leaves the table as it is.
     growth_B = jnp.where(lengths_B > max_position_embeddings, growth_B, 1.0)
@@ -121,23 +133,23 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> Float[np.ndarray, "H2"]:
+def _yarn(rope: RopeConfig, max_position_embeddings: int) -> Float[np.ndarray, "H2"]:
     """Fast pairs keep their frequency, slow ones are divided by `factor`, with a ramp between the two."""
     original = rope.original_length or max_position_embeddings
 
     def pair_with(turns: float) -> float:
         """Index of the pair that makes `turns` full turns over the pretraining context."""
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return rope.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rope.dim - 1)
     if low == high:
         high += 0.001
-    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    ramp = (np.arange(rope.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     keep = np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
-    periods = _periods(rope.theta, head_dim)
+    periods = _periods(rope.theta, rope.dim)
     stretched = np.float32(1) / (np.float32(rope.factor) * periods)
     return stretched * (np.float32(1) - keep) + (np.float32(1) / periods) * keep
 
