@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moejax.checkpoint.plan import plan
+from moejax.checkpoint.plan import MeshLayout, plan
 from moejax.families import family_of, read_config, unknown_fields
-from moejax.nn.heads import head_layout
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 
@@ -31,8 +30,8 @@ def test_every_config_has_its_size_here():
 def test_parameters_are_as_many_as_published(name):
     raw = json.loads((MODELS / name / "config.json").read_text())
     config = read_config(raw)
-    heads = head_layout(config.attention.num_heads, config.attention.num_kv_heads, 1)
-    shapes = plan(config, family_of(config.model_type).names, heads, tuple(range(config.moe.num_experts))).shapes
+    family = family_of(config.model_type)
+    shapes = plan(config, family.names, family.experts, MeshLayout(1, range)).shapes
     total = sum(math.prod(shape) for shape in shapes.values()) / 1e9
     assert unknown_fields(raw) == []
     assert total == pytest.approx(SIZES[name], rel=2e-3)
