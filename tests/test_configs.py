@@ -12,8 +12,8 @@ from moejax.nn.heads import head_layout
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 
-# Billions of parameters of the text model, without multi-token-prediction layers: as the publisher states them, or, where
-# that figure is rounded or counts other parts, as transformers' own modules count them.
+# Billions of parameters of the text model, without layers of multi-token prediction: as the publisher states them, or,
+# where that figure is rounded or counts other parts, as transformers' own modules count them.
 SIZES = {
     "mixtral-8x7b": 46.7,
     "mixtral-8x22b": 140.6,
