@@ -47,8 +47,8 @@ class RouterConfig:
     6. `renormalise` divides them by their sum, `epsilon` added to it, or by `least_sum` where the sum is smaller.
     7. `scale` multiplies them, and with `expert_scale` a learned factor of the chosen expert (Gemma 4).
 
-    "sparsemixer" replaces all of these (PhiMoE): two experts, each weighed by a softmax over those logits whose distance
-    from the largest left is within 2 `jitter` of the scale.
+    "sparsemixer" replaces all of these (PhiMoE): two experts, each weighed by a softmax over those logits whose
+    distance from the largest left is within 2 `jitter` of the scale.
 
     `bias` adds a learned bias to the logits (GPT-OSS).
     """

@@ -29,6 +29,10 @@ class ExpertTensors:
         return slice(which, 2 * F, 2) if self.interleaved else slice(which * F, (which + 1) * F)
 
 
+SEPARATE = ExpertTensors()
+"""Each expert in tensors of its own, the commonest form."""
+
+
 def moe_entries(
     config: MoEConfig, names: LayerNames, experts: ExpertTensors, slot_of: Sequence[int]
 ) -> Iterator[Entry]:
@@ -99,7 +103,7 @@ def _mlp(names: LayerNames, D: int, F: int, tensors: str = "", roles: str = "") 
     for part in ("gate", "up"):
         if names.has(f"{tensors}gate_up"):
             dest = (slice(0, D), ("gate", "up").index(part), slice(0, F))
-            source = (ExpertTensors().rows(part, F), slice(0, D))
+            source = (SEPARATE.rows(part, F), slice(0, D))
             yield role, Piece(dest, names.tensor(f"{tensors}gate_up"), source, transpose=True), (2 * F, D)
         else:
             yield _gate_or_up(role, names.tensor(f"{tensors}{part}"), part, D, F)

@@ -50,8 +50,8 @@ def save_checkpoint(
 
     Padding is dropped and repeated key/value heads are written once, so the files do not depend on the mesh. They are
     written beside the folder and renamed at the end: an interrupted save leaves nothing under its name. The host holds
-    one parameter at a time (or those that share a tensor), and one tensor. With several processes all must call this; each parameter in turn is
-    gathered onto every device, and process 0 writes.
+    one parameter at a time (or those that share a tensor), and one tensor. With several processes all must call this;
+    each parameter in turn is gathered onto every device, and process 0 writes.
 
     Args:
         parameters: role -> array.

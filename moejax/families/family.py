@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moejax.checkpoint.expert_entries import ExpertTensors
+from moejax.checkpoint.expert_entries import SEPARATE, ExpertTensors
 from moejax.config import ModelConfig
 
 
@@ -52,7 +52,7 @@ class Family:
     to_config: Callable[[Mapping[str, Any]], ModelConfig]
     names: Mapping[str, str]
     fields: frozenset[str]
-    experts: ExpertTensors = ExpertTensors()
+    experts: ExpertTensors = SEPARATE
     aliases: tuple[str, ...] = ()
     wrapper: Wrapper | None = None
     left_out: Callable[[Mapping[str, Any]], tuple[str, ...]] = nothing_left_out

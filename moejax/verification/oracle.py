@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.huggingface import load_parameters
-from moejax.config import AttentionConfig, LayerConfig, ModelConfig
+from moejax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
 from moejax.model import finished_logits
 from moejax.moe.experts import gated_mlp
-from moejax.moe.params import ExpertParams
+from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.reference import dense_moe
-from moejax.moe.router import Routing, router_for
+from moejax.moe.router import Routing, router_for, selection_scores
 from moejax.nn.norm import normalise
 from moejax.nn.places import Places
 from moejax.opening import Checkpoint
@@ -107,8 +106,7 @@ class Oracle:
 
 def expert_params(params: Params, prefix: str = "moe.") -> ExpertParams:
     """One layer's experts out of its named parameters."""
-    names = ("gate_up", "down", "shared_gate_up", "shared_down", "shared_gate")
-    return ExpertParams(**{name: params.get(prefix + name) for name in names})  # type: ignore[arg-type]
+    return ExpertParams(**{name: params.get(prefix + name) for name in PARAM_NAMES})  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -136,7 +134,7 @@ def _layer(
     return add(x, y), routing, selection
 
 
-def _moe(config: Any, params: Params, hidden: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
+def _moe(config: MoEConfig, params: Params, hidden: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
     logits = jnp.einsum(
         "bsd,de->bse",
         hidden,
@@ -144,10 +142,14 @@ def _moe(config: Any, params: Params, hidden: jax.Array) -> tuple[jax.Array, Rou
         precision=precision_of(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
-    routing = router_for(config)(logits)
+    if config.router.bias:
+        logits = logits + params["moe.router_bias"].astype(jnp.float32)
+    learned = {name: params[f"moe.{name}"] for name in ("correction", "expert_scale") if f"moe.{name}" in params}
+    routing = router_for(config)(logits, **learned)
     flat = Routing(*(a.reshape(-1, a.shape[-1]) for a in (routing.weights, routing.experts)))
-    y = dense_moe(hidden.reshape(-1, hidden.shape[-1]), expert_params(params), flat, config.activation)
-    return y.reshape(hidden.shape), routing, jax.nn.softmax(logits, -1)
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    y = dense_moe(tokens, expert_params(params), flat, config.activation, config.scales_input)
+    return y.reshape(hidden.shape), routing, selection_scores(config, logits, learned.get("correction"))
 
 
 def _norm(config: ModelConfig, params: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:

@@ -145,6 +145,7 @@ def _experts_on_mesh(lie: Lie, config: MoEConfig, params: ExpertParams, x: jax.A
         mesh=lie.stream.mesh,
         strategy=p.strategy,
         activation=config.activation,
+        scales_input=config.scales_input,
         capacity_factor=p.capacity_factor,
         chunks=p.chunks,
         num_experts=config.num_experts,
@@ -153,4 +154,4 @@ def _experts_on_mesh(lie: Lie, config: MoEConfig, params: ExpertParams, x: jax.A
 
 @functools.partial(jax.jit, static_argnums=0)
 def _experts_alone(config: MoEConfig, params: ExpertParams, x: jax.Array, routing: Routing) -> jax.Array:
-    return dense_moe(x, params, routing, config.activation)
+    return dense_moe(x, params, routing, config.activation, config.scales_input)
