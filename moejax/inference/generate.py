@@ -175,7 +175,7 @@ def generate(
             prompt,
             _room(params, i, len(prompt), context),
             params,
-            _stream(tokenizer, channels, prompt, params.stop, on_reasoning and partial(on_reasoning, i)),
+            _stream(tokenizer, channels, prompt, params.stop, partial(on_reasoning, i) if on_reasoning else None),
         )
         for i, prompt in enumerate(ids)
     ]
