@@ -184,7 +184,7 @@ def _conversation(text: str) -> list[dict[str, Any]] | None:
     """The messages that a text holds as JSON; None for a text that is one message itself."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     messages = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
     return value if messages else None
