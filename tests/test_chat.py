@@ -1,7 +1,9 @@
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from chat_cases import HARMONY
 
 from moejax.errors import MoejaxError
 from moejax.inference.chat import find_template, render_chat
@@ -57,6 +59,33 @@ def test_the_template_gets_a_copy_of_the_messages():
     assert messages == [{"role": "user", "content": "Hi", "name": None}]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_found_under_the_names_that_templates_read(name):
+    template = "{{ messages[0].thinking }} {{ messages[0].reasoning_content }} {{ 'thinking' in messages[1] }}"
+    messages = [{"role": "assistant", "content": "a", name: "why"}, *USER]
+    assert render_chat(template, messages, {}) == "why why False"
+    both = [{"role": "assistant", "content": "a", "thinking": "one", "reasoning_content": "two"}, *USER]
+    assert render_chat(template, both, {}) == "one two False"
+
+
+def test_a_chat_in_the_manner_of_gpt_oss():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *USER,
+        {"role": "assistant", "content": "Hello", "thinking": "greet"},
+        {"role": "user", "content": "Bye"},
+    ]
+    # What `header` leaves undefined has its default there.
+    assert render_chat(HARMONY, messages, {}) == (
+        f"<|start|>system<|message|>You are a tiny model.\nToday: {datetime.now():%Y}\nReasoning: medium<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
+        "<|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Hello<|end|>"
+        "<|start|>user<|message|>Bye<|end|>"
+        "<|start|>assistant"
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -94,6 +123,8 @@ def _config(folder: Path, template: object) -> None:
 def test_the_template_file_goes_before_the_config(tmp_path):
     _config(tmp_path, "from the config")
     assert find_template(tmp_path) == "from the config"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of a model that also sees"}')
+    assert find_template(tmp_path) == "from the config"
     (tmp_path / "chat_template.jinja").write_text("from the file é", encoding="utf-8")
     assert find_template(tmp_path) == "from the file é"
 
@@ -119,6 +150,11 @@ def test_a_missing_template_is_named(tmp_path, template, message):
     _config(tmp_path, template)
     with pytest.raises(MoejaxError, match=message):
         find_template(tmp_path)
+
+
+def test_a_template_of_the_processor_is_taken_where_there_is_no_other(tmp_path):
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of a model that also sees"}')
+    assert find_template(tmp_path) == "of a model that also sees"
 
 
 def test_a_template_file_must_be_text(tmp_path):

@@ -61,7 +61,12 @@ def test_only_the_needed_files_are_asked_for(monkeypatch):
     assert asked["id"] == ("org/name",) and asked["revision"] == "v1.0"
     published = ["config.json", "tokenizer.json", "model.safetensors", "model-00002-of-00019.safetensors"]
     published += ["model.safetensors.index.json", "generation_config.json", "chat_template.jinja"]
+    published += ["model.safetensors-00001-of-00014.safetensors", "chat_template.json"]
+    published += ["tiktoken.model", "qwen.tiktoken", "tokenizer.model"]
     unwanted = ["consolidated.00.safetensors", "pytorch_model.bin", "README.md", "original/model.pth", "x.py"]
+    # GPT-OSS publishes its weights three times.
+    unwanted += ["original/model--00001-of-00007.safetensors", "original/model.safetensors", "original/config.json"]
+    unwanted += ["original/model.safetensors.index.json", "metal/model.bin", "onnx/tokenizer.json"]
     wanted = huggingface_hub.utils.filter_repo_objects(published + unwanted, allow_patterns=asked["allow_patterns"])
     assert sorted(wanted) == sorted(published)
 

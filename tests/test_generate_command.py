@@ -164,6 +164,74 @@ def test_chat_wraps_the_prompt_and_answers_on_a_line_of_its_own(run: Callable[..
     assert capsys.readouterr().out == f"time\n{plain['outputs'][0]['text']}\n"
 
 
+CONVERSATION = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two", "reasoning_content": "why"},
+    {"role": "user", "content": "three"},
+]
+
+
+def test_a_file_or_standard_input_may_hold_a_conversation(
+    run: Callable[..., int],
+    calls: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+):
+    text = json.dumps(CONVERSATION)
+    (tmp_path / "chat.json").write_text(text)
+    assert run("--chat", "--json", "--prompt-file", str(tmp_path / "chat.json")) == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["prompt"] == CONVERSATION
+    stdin(text + "\n", monkeypatch)
+    assert run("--chat") == 0
+    assert capsys.readouterr().out == "\n"  # an answer alone, and this stand-in writes none
+    # Without --chat, and where it is no list of messages, it is a text.
+    assert run("--prompt-file", str(tmp_path / "chat.json")) == 0
+    stdin("[1, 2]", monkeypatch)
+    assert run("--chat") == 0
+    assert [call["prompts"] for call in calls] == [[CONVERSATION], [CONVERSATION], [text], ["[1, 2]"]]
+    assert [call["chat"] for call in calls] == [True, True, False, True]
+
+
+def reasoned(*_: Any, on_text: Callable[[int, str], None], on_reasoning: Callable[[int, str], None], **options: Any):
+    """In the place of `generate`: one row whose reasoning and answer come in two pieces each."""
+    options["timing"].first_s = 0.1
+    for piece in ("let me [red]", " see"):
+        on_reasoning(0, piece)
+    for piece in ("It", " is"):
+        on_text(0, piece)
+    return [Generation("It is", [1], "stop", None, 1, "let me [red] see")]
+
+
+def test_reasoning_goes_to_stderr_and_the_answer_to_stdout(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Output
+):
+    monkeypatch.setattr(generate, "generate", reasoned)
+    assert run("--chat", "--prompt", "Is it?") == 0
+    out, err = capsys.readouterr()
+    assert out == "Is it?\nIt is\n"
+    assert err.splitlines()[4] == "let me [red] see"
+    assert run("--chat", "--prompt", "Is it?", "--json") == 0
+    out, err = capsys.readouterr()
+    (output,) = json.loads(out)["outputs"]
+    assert (output["text"], output["reasoning"]) == ("It is", "let me [red] see")
+    assert "let me" not in err
+
+
+def test_the_reasoning_of_several_answers_is_numbered(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Output
+):
+    def several(_: Any, prompts: list[str], **options: Any) -> list[Generation]:
+        options["timing"].first_s = 0.1
+        return [Generation("yes", [1], "stop", None, 1, "why"), Generation("no", [1], "stop", None, 1, "")]
+
+    monkeypatch.setattr(generate, "generate", several)
+    assert run("--chat", "--prompt", "One", "--prompt", "Two") == 0
+    out, err = capsys.readouterr()
+    assert out == "[0] One\nyes\n[1] Two\nno\n"
+    assert err.splitlines()[4:-1] == ["[0] why"]
+
+
 def test_stop_ends_the_text(run: Callable[..., int], capsys: Output):
     assert run("--json", "--prompt", "Once upon a time") == 0
     text = json.loads(capsys.readouterr().out)["outputs"][0]["text"]

@@ -95,6 +95,7 @@ def test_added_tokens_of_the_config_replace_those_of_tokenizer_json(tmp_path):
     # As AutoTokenizer of transformers 5.23 prints it: once special, token 0 stays so.
     assert tokenizer.decode([0, 4096, 4097]) == "<think>"
     assert tokenizer.special_ids == {0, 4096}
+    assert tokenizer.added_ids == {"<|endoftext|>": 0, "<tool>": 4096, "<think>": 4097}
 
 
 def test_special_tokens_map_of_older_checkpoints_is_read(tmp_path):
@@ -116,6 +117,23 @@ def test_a_folder_without_tokenizer_says_so_when_text_is_needed(tmp_path):
     assert Tokenizer.from_folder(tmp_path) is None
     with pytest.raises(MoejaxError, match=r"tokenizer\.json is missing in .*; pass token ids with --prompt-ids"):
         require(None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("tiktoken.model", "convert_tiktoken_to_fast"),
+        ("qwen.tiktoken", "convert_tiktoken_to_fast"),
+        ("tokenizer.model", r"AutoTokenizer\.from_pretrained\(folder\)\.save_pretrained\(folder\)"),
+    ],
+)
+def test_a_tokenizer_in_another_form_is_named_with_what_makes_it_readable(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"aGk= 0\n")
+    assert Tokenizer.from_folder(tmp_path) is None
+    wanted = rf"^tokenizer\.json is missing in .*; {name} cannot take its place.*: make one with .*{remedy}, or pass "
+    with pytest.raises(MoejaxError, match=wanted) as caught:
+        require(None, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

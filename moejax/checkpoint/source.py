@@ -17,9 +17,14 @@ _WANTED = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "model.safetensors",
+    "chat_template.json",
+    # A tokenizer in another form, so that the error can name it.
+    "tiktoken.model",
+    "*.tiktoken",
+    "tokenizer.model",
+    # One file, shards, and shards as Qwen3.5 names them: model.safetensors-00001-of-00014.safetensors.
+    "model*.safetensors",
     "model.safetensors.index.json",
-    "model-*.safetensors",
 ]
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 

@@ -12,7 +12,8 @@ import jax
 
 from moejax import distributed
 from moejax.commands.common import add_mesh, add_model, add_strategy, base_parser, run
-from moejax.commands.session import agree_on, console, load_model, log, mesh_for
+from moejax.commands.session import agree_on, load_model, log, mesh_for
+from moejax.commands.transcript import Transcript, think
 from moejax.errors import MoejaxError
 from moejax.inference.engine import BUCKET
 from moejax.inference.generate import BATCH, Generation, Prompt, Timing, encode_prompts, generate, settle
@@ -45,7 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for several")
     prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="a prompt as token ids; repeatable")
     prompts.add_argument("--prompt-file", metavar="F", help="a file that holds one prompt")
-    prompts.add_argument("--chat", action="store_true", help="wrap prompts in the checkpoint's chat template")
+    prompts.add_argument(
+        "--chat",
+        action="store_true",
+        help="wrap prompts in the checkpoint's chat template; files and stdin may hold a JSON list of messages",
+    )
     sampling = parser.add_argument_group("sampling (default: generation_config.json, else greedy)")
     sampling.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens to add (default 32)")
     sampling.add_argument("--max-model-len", type=int, metavar="N", help="a context shorter than the model's")
@@ -94,7 +99,7 @@ def _generate(args: argparse.Namespace) -> int:
         for line in explain_lines(model, together, min(padded, model.config.context)):
             log(line)
     timing = Timing()
-    outputs = _run(model, prompts, ids, args, timing)
+    outputs = _run(model, prompts, args, timing)
     result = _result(model, prompts, outputs, timing, load_s)
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -103,49 +108,29 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(
-    model: LanguageModel, prompts: list[Prompt], ids: list[list[int]], args: argparse.Namespace, timing: Timing
-) -> list[Generation]:
+def _run(model: LanguageModel, prompts: list[Prompt], args: argparse.Namespace, timing: Timing) -> list[Generation]:
     """Generates; a single prompt's text appears as it is made, several are printed at the end."""
     streaming = len(prompts) == 1 and not args.json and model.tokenizer is not None
     leads = [_lead(prompt, args.chat) for prompt in prompts]
-    began = False
-    status = console.status("compiling")
-
-    def show(_: int, text: str) -> None:
-        # The prompt waits for the first text, so that stdout stays empty when something turns out to be wrong.
-        nonlocal began
-        status.stop()
-        if streaming:
-            print(text if began else leads[0] + text, end="", flush=True)
-            began = True
-
-    if console.is_terminal and distributed.is_main():
-        status.start()
-    try:
+    with Transcript(leads[0] if streaming else None) as transcript:
         outputs = generate(
             model,
-            ids,
+            prompts,
             **_sampling(args),
             logprobs=args.logprobs,
             max_model_len=args.max_model_len,
-            on_text=show,
+            chat=args.chat,
+            on_text=transcript.answer,
+            on_reasoning=transcript.reason,
             timing=timing,
         )
-    except KeyboardInterrupt:
-        if began:
-            print(flush=True)
-        raise
-    finally:
-        status.stop()
-    if args.json:
-        return outputs
-    if streaming:
-        print("" if began else leads[0])
+    if args.json or streaming:
         return outputs
     for number, (lead, output) in enumerate(zip(leads, outputs, strict=True)):
         label = f"[{number}] " if len(outputs) > 1 else ""
-        print(label + (lead + output.text if model.tokenizer else " ".join(map(str, output.tokens))))
+        if output.reasoning:
+            think(f"{label}{output.reasoning}\n")
+        print(label + (lead + output.text if model.tokenizer else " ".join(map(str, output.tokens))), flush=True)
     return outputs
 
 
@@ -185,11 +170,24 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.prompt is not None:
         return list(args.prompt)
     if args.prompt_file is not None:
-        return [_read_file(Path(args.prompt_file))]
+        text = _read_file(Path(args.prompt_file))
+        return [_conversation(text) or text if args.chat else text]
     text = _read_stdin().rstrip("\n")
+    if args.chat and (messages := _conversation(text)):
+        return [messages]
     if not text:
         log(f'no prompt was given, so this continues "{DEFAULT_PROMPT}" (--prompt TEXT, or standard input)')
     return [text or DEFAULT_PROMPT]
+
+
+def _conversation(text: str) -> list[dict[str, Any]] | None:
+    """The messages that a text holds as JSON; None for a text that is one message itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    messages = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
+    return value if messages else None
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -230,7 +228,8 @@ def _result(
             "tokens": output.tokens,
             "finish_reason": output.finish_reason,
         }
-        items.append(item if output.logprobs is None else item | {"logprobs": output.logprobs})
+        asked = {"reasoning": output.reasoning, "logprobs": output.logprobs}
+        items.append(item | {name: value for name, value in asked.items() if value is not None})
     peaks = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
     return {
         "outputs": items,

@@ -16,14 +16,18 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from moejax.checkpoint.source import read_json
 from moejax.errors import MoejaxError
 from moejax.inference.tokenizer import read_tokenizer_config
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def find_template(folder: Path) -> str:
     """A checkpoint's chat template: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`.
 
-    Where the config holds several named templates, the one called "default" is meant.
+    Where the config holds several named templates, the one called "default" is meant. Models that also see may keep
+    theirs in `chat_template.json` alone.
 
     Raises:
         MoejaxError: there is none, or none called "default".
@@ -37,6 +41,8 @@ def find_template(folder: Path) -> str:
                 f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); fetch it again"
             ) from error
     template = read_tokenizer_config(folder).get("chat_template")
+    if template is None:
+        template = read_json(folder, "chat_template.json", required=False).get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
@@ -55,7 +61,9 @@ def render_chat(template: str, messages: Sequence[dict[str, Any]], special_token
 
     Args:
         template: jinja source.
-        messages: such as [{"role": "user", "content": "Hello"}]; keys that hold None are left out.
+        messages: such as [{"role": "user", "content": "Hello"}]; keys that hold None are left out. The reasoning of an
+            earlier answer may be called "reasoning_content", "thinking" or "reasoning"; a template finds it under the
+            first two. Whether it repeats that reasoning is its own affair.
         special_tokens: `Tokenizer.special_tokens`; the template sees them as variables.
 
     Raises:
@@ -86,7 +94,13 @@ def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in copies:
         if not isinstance(message, dict):
             raise MoejaxError(f"a chat message must be a dict with 'role' and 'content', got {message!r:.80}")
-    return [{key: value for key, value in message.items() if value is not None} for message in copies]
+    return [_named_twice({key: value for key, value in message.items() if value is not None}) for message in copies]
+
+
+def _named_twice(message: dict[str, Any]) -> dict[str, Any]:
+    """Reasoning under the name that most templates read, and under that of GPT-OSS (as transformers 5.23 does)."""
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.inference.channels import Channels, ChannelStream, find_channels
 from moejax.inference.chat import find_template, render_chat
 from moejax.inference.detokenize import TextStream
 from moejax.inference.engine import Draw, Engine
 from moejax.inference.generation_config import SamplingParams, resolve_sampling
-from moejax.inference.tokenizer import require
+from moejax.inference.tokenizer import Tokenizer, require
 from moejax.language_model import LanguageModel
 
 BATCH = 64
@@ -28,11 +30,13 @@ class Generation:
     """What came of one prompt.
 
     Attributes:
-      text: the continuation, without special tokens and cut before a stop string; "" without a tokenizer.
-      tokens: the new ids; an end-of-sequence id that ended them is the last one.
+      text: the continuation, without special tokens and cut before a stop string; "" without a tokenizer. In a chat
+        with a model that reasons, the answer alone.
+      tokens: all new ids; an end-of-sequence id that ended them is the last one.
       finish_reason: "stop" (end-of-sequence id or stop string) or "length".
       logprobs: for each new token its natural log-probability under the model's own distribution, where asked for.
       prompt_tokens: how many tokens the prompt had.
+      reasoning: in a chat, what the model wrote in its other channels; None where its tokenizer has no channels.
     """
 
     text: str
@@ -40,6 +44,13 @@ class Generation:
     finish_reason: str
     logprobs: list[float] | None
     prompt_tokens: int
+    reasoning: str | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of a chat: append it and the next question to go on."""
+        message = {"role": "assistant", "content": self.text}
+        return message | {"reasoning_content": self.reasoning} if self.reasoning else message
 
 
 @dataclass
@@ -64,7 +75,7 @@ class _Row:
     prompt: list[int]
     room: int
     params: SamplingParams
-    stream: TextStream
+    stream: TextStream | ChannelStream
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -89,7 +100,9 @@ class _Row:
 
     def result(self) -> Generation:
         logprobs = self.logprobs if self.params.logprobs else None
-        return Generation(self.stream.text, self.tokens, self.finish or "length", logprobs, len(self.prompt))
+        reasoning = self.stream.reasoning if isinstance(self.stream, ChannelStream) else None
+        finish = self.finish or "length"
+        return Generation(self.stream.text, self.tokens, finish, logprobs, len(self.prompt), reasoning)
 
 
 def generate(
@@ -109,6 +122,7 @@ def generate(
     max_model_len: int | None = None,
     chat: bool = False,
     on_text: Callable[[int, str], None] | None = None,
+    on_reasoning: Callable[[int, str], None] | None = None,
     timing: Timing | None = None,
 ) -> list[Generation]:
     """Continues each prompt until an end-of-sequence id, a stop string or the length.
@@ -124,12 +138,13 @@ def generate(
       top_k, top_p, min_p: filters of sampling, in this order.
       repetition_penalty: above 1 makes tokens that were there already less likely.
       seed: of the random numbers.
-      stop: strings that end a continuation; they are not part of its text.
+      stop: strings that end a continuation; they are not part of its text. In a chat they end the answer.
       eos_ids: token ids that end it, in place of the checkpoint's; `[]` for none.
       logprobs: return the log-probability of each new token.
       max_model_len: a context shorter than the model's own, prompt and continuation together.
-      chat: wrap each prompt in the checkpoint's chat template.
+      chat: wrap each prompt in the checkpoint's chat template, and tell reasoning from the answer.
       on_text: called with (prompt number, new text) as text appears.
+      on_reasoning: called likewise with new text of the reasoning.
       timing: filled with seconds and counts.
 
     Raises:
@@ -154,8 +169,14 @@ def generate(
     if params.stop:
         require(tokenizer, model.folder)
     timing = timing if timing is not None else Timing()
+    channels = find_channels(tokenizer) if chat else None
     rows = [
-        _Row(prompt, _room(params, i, len(prompt), context), params, TextStream(tokenizer, params.stop))
+        _Row(
+            prompt,
+            _room(params, i, len(prompt), context),
+            params,
+            _stream(tokenizer, channels, prompt, params.stop, partial(on_reasoning, i) if on_reasoning else None),
+        )
         for i, prompt in enumerate(ids)
     ]
     for first in range(0, len(rows), BATCH):
@@ -204,6 +225,18 @@ def _encode(model: LanguageModel, number: int, prompt: Any, chat: bool) -> list[
                 f"prompt {number}: token id {token} is outside the vocabulary, 0 to {model.config.vocab_size - 1}"
             )
     return ids
+
+
+def _stream(
+    tokenizer: Tokenizer | None,
+    channels: Channels | None,
+    prompt: list[int],
+    stop: tuple[str, ...],
+    on_reasoning: Callable[[str], None] | None,
+) -> TextStream | ChannelStream:
+    if tokenizer is None or channels is None:
+        return TextStream(tokenizer, stop)
+    return ChannelStream(tokenizer, channels, prompt, stop, on_reasoning)
 
 
 def _listed(value: Any) -> Any:

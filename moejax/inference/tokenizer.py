@@ -11,6 +11,19 @@ from tokenizers import Tokenizer as Backend
 from moejax.errors import MoejaxError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Files that hold a tokenizer in a form that is not read: why, and what makes a tokenizer.json of them.
+_TIKTOKEN = (
+    "cannot take its place (it lacks the pattern that splits text, which is in the model's own Python code): "
+    "make one with transformers.integrations.tiktoken.convert_tiktoken_to_fast"
+)
+_OTHER_FORMS = {
+    "tiktoken.model": _TIKTOKEN,
+    "*.tiktoken": _TIKTOKEN,
+    "tokenizer.model": (
+        "cannot take its place: make one with transformers' "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    ),
+}
 
 
 class Tokenizer:
@@ -19,6 +32,7 @@ class Tokenizer:
     Attributes:
         special_tokens: named special tokens as strings, such as {"bos_token": "<s>"}; chat templates use them.
         special_ids: ids that `decode` leaves out.
+        added_ids: id of each added token, special or not, by its text.
         byte_ids: ids of the byte tokens <0x00> to <0xFF>, when runs of them decode together; otherwise empty.
     """
 
@@ -32,6 +46,7 @@ class Tokenizer:
         before = _special_ids(backend)
         _add_missing(backend, config, self.special_tokens)
         self.special_ids = before | _special_ids(backend)
+        self.added_ids = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
         self.byte_ids = _byte_fallback_ids(backend)
 
     @classmethod
@@ -110,8 +125,18 @@ def require(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
         MoejaxError: there is no tokenizer.
     """
     if tokenizer is None:
-        raise MoejaxError(f"tokenizer.json is missing in {folder}; pass token ids with --prompt-ids instead of text")
+        raise MoejaxError(_missing(folder))
     return tokenizer
+
+
+def _missing(folder: Path) -> str:
+    for pattern, remedy in _OTHER_FORMS.items():
+        for path in sorted(folder.glob(pattern)):
+            return (
+                f"tokenizer.json is missing in {folder}; {path.name} {remedy}, or pass token ids with --prompt-ids "
+                "instead of text"
+            )
+    return f"tokenizer.json is missing in {folder}; pass token ids with --prompt-ids instead of text"
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
