@@ -12,8 +12,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
-from jax import lax
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +21,7 @@ from moejax.moe.layer import sharded_param
 from moejax.nn.attend import attend, attend_causal
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
+from moejax.nn.latent_cache import LatentCache, appended, valid_places
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
@@ -30,23 +30,10 @@ from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, pad_axis, psum
 
 Params: TypeAlias = dict[str, jax.Array]
+Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
 
 # The axis of each parameter that its heads are on, which is cut over tp.
 HEADS = {"q": 1, "q_b": 1, "kv_b": 1, "o": 0}
-
-
-@struct.dataclass
-class LatentCache:
-    """What one layer keeps of each token, for all heads together; place p holds position p.
-
-    Attributes:
-      latent: the normed latent (kv_rank values) and the turned key that heads share (rope.dim values), side by side.
-    """
-
-    latent: Float[Array, "B C L"]
-
-
-Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
 
 
 class LatentAttention(nnx.Module):
@@ -196,16 +183,9 @@ class LatentAttention(nnx.Module):
         nope, rope = jnp.split(q, [config.nope_dim], -1)
         q = jnp.concatenate([jnp.einsum("bsnh,lnh->bsnl", nope, to_key, precision=exact), rope], -1)
         kept = cache.latent[:, None]
-        visible = jnp.arange(kept.shape[2], dtype=jnp.int32) <= positions[:, None]
         # The shared keys are summed too and dropped: a few products more, but no copy of the latents without them.
-        out = attend(q, kept, kept, visible[:, None], scale=config.scale)[..., : config.kv_rank]
-        return jnp.einsum("bsnl,lnv->bsnv", out, to_value, precision=exact)
-
-
-def appended(cache: LatentCache, latent: Float[Array, "B 1 L"], positions: Int[Array, " B"]) -> LatentCache:
-    """The cache with one more token a row, at that row's position."""
-    put = jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))
-    return LatentCache(latent=put(cache.latent, latent, positions))
+        out = attend(q, kept, kept, valid_places(cache, positions), scale=config.scale)
+        return jnp.einsum("bsnl,lnv->bsnv", out[..., : config.kv_rank], to_value, precision=exact)
 
 
 def _shapes(config: LatentAttentionConfig, width: int) -> dict[str, tuple[tuple[int, ...], int]]:
