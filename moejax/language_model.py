@@ -29,9 +29,10 @@ class LanguageModel:
       mesh: with axes ("ep", "tp").
       options: strategy, capacity factor, chunks.
       folder: where the checkpoint is.
-      raw_config: config.json as it was read.
+      raw_config: config.json as it was read; of a model of several modalities, the text part.
       generation_config: generation_config.json, or {}.
       tokenizer: None where the folder has no tokenizer.json.
+      left_out: parts of the checkpoint that are not of the decoder, by name.
       programs: compiled generation steps by shape, kept for later calls.
     """
 
@@ -43,6 +44,7 @@ class LanguageModel:
     raw_config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     tokenizer: Tokenizer | None
+    left_out: tuple[str, ...] = ()
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(
@@ -150,7 +152,7 @@ def _check_packing(config: ModelConfig, segments: np.ndarray, positions: np.ndar
     """A dynamic rotary base follows the length of a row, so sequences packed in one row would not be as each alone."""
     real = segments > 0
     longest = np.max(positions, where=real, initial=-1) + 1
-    if config.rope.kind != "dynamic" or longest <= config.max_position_embeddings:
+    if all(rope.kind != "dynamic" for rope in config.ropes) or longest <= config.max_position_embeddings:
         return
     packed = [len(np.unique(row[row > 0])) > 1 for row in segments]
     if any(packed):

@@ -9,21 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from moejax.checkpoint.huggingface import check, load_parameters, settle_tied_head
-from moejax.checkpoint.pieces import Plan
-from moejax.checkpoint.plan import plan
-from moejax.checkpoint.safetensors import CheckpointFiles
+from moejax.checkpoint.huggingface import load_parameters
 from moejax.checkpoint.saving import save_checkpoint
 from moejax.checkpoint.source import read_json, resolve
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
-from moejax.families import family_of, read_config
 from moejax.inference.tokenizer import Tokenizer
 from moejax.language_model import LanguageModel, role_of
 from moejax.mesh import make_mesh
 from moejax.model import Decoder, Options
-from moejax.moe.placement import Placement
-from moejax.nn.heads import head_layout
+from moejax.opening import Checkpoint, checkpoint_plan
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPANIONS = (
@@ -61,16 +56,13 @@ def load(
     """
     options = Options(strategy, capacity_factor, chunks)
     folder = resolve(str(model))
-    raw = read_json(folder, "config.json")
-    config = read_config(raw)
-    mesh = _with_auto_axes(mesh if mesh is not None else make_mesh(num_experts=config.moe.num_experts))
-    with CheckpointFiles.open(folder) as files:
-        family = family_of(config.model_type)
-        config, files = settle_tied_head(config, family.names, files)
-        layout = checkpoint_plan(config, mesh)
-        check(layout, files, family.ignored_tensors)
+    with Checkpoint.open(folder) as checkpoint:
+        config = checkpoint.config
+        mesh = _with_auto_axes(mesh if mesh is not None else make_mesh(num_experts=config.num_experts))
+        layout = checkpoint.plan(mesh)
         graph, abstract = abstract_decoder(config, mesh, dtype_of(dtype, config))
-        loaded = load_parameters(files, layout, {role_of(path): leaf for path, leaf in abstract.items()}, progress)
+        wanted = {role_of(path): leaf for path, leaf in abstract.items()}
+        loaded = load_parameters(checkpoint.files, layout, wanted, progress)
     state = nnx.from_flat_state([(path, nnx.Param(loaded[role_of(path)])) for path in abstract])
     return LanguageModel(
         config=config,
@@ -78,9 +70,10 @@ def load(
         mesh=mesh,
         options=options,
         folder=folder,
-        raw_config=raw,
+        raw_config=checkpoint.raw_config,
         generation_config=read_json(folder, "generation_config.json", required=False),
         tokenizer=Tokenizer.from_folder(folder),
+        left_out=checkpoint.left_out,
     )
 
 
@@ -101,13 +94,6 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
         raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
-
-
-def checkpoint_plan(config: ModelConfig, mesh: Mesh) -> Plan:
-    """Which part of which checkpoint tensor fills which part of which parameter on this mesh."""
-    heads = head_layout(config.attention.num_heads, config.attention.num_kv_heads, mesh.shape["tp"])
-    placement = Placement(config.moe.num_experts, mesh.shape["ep"])
-    return plan(config, family_of(config.model_type).names, heads, placement.slot_of)
 
 
 def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:

@@ -16,10 +16,10 @@ from moejax.errors import MoejaxError
 from moejax.moe.auto import Choice, check_strategy, choose
 from moejax.moe.layer import MoEDetails, Parallel, sharded_param
 from moejax.nn.block import Block
-from moejax.nn.cache import LayerCache
+from moejax.nn.cache import Cache
 from moejax.nn.embedding import embed, head_logits
-from moejax.nn.norm import rms_norm
-from moejax.nn.rope import rope_tables
+from moejax.nn.norm import Norm
+from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.sharding import place, round_up
 
@@ -96,8 +96,8 @@ class Forward:
 class Decoder(nnx.Module):
     """A decoder-only mixture-of-experts language model on an ("ep", "tp") mesh.
 
-    Parameters: `embed [V, D]`, `layers` (nnx.List of Block), `norm [D]` and, unless embeddings are tied, `lm_head
-    [V, D]`.
+    Parameters: `embed [V, D]`, `layers` (nnx.List of Block), `norm`, unless embeddings are tied `lm_head [V, D]`, and
+    `lm_head_bias [V]` where the config has one.
     """
 
     def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -111,8 +111,9 @@ class Decoder(nnx.Module):
 
         self.embed = table()
         self.layers = nnx.List([Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
-        self.norm = sharded_param(jnp.ones(config.hidden_size, dtype), mesh, None)
+        self.norm = Norm(config.norm, config.hidden_size, mesh=mesh, dtype=dtype)
         self.lm_head = None if config.tie_word_embeddings else table()
+        self.lm_head_bias = sharded_param(jnp.zeros(rows, dtype), mesh, "tp") if config.head_bias else None
 
     def __call__(
         self,
@@ -126,14 +127,14 @@ class Decoder(nnx.Module):
     ) -> Forward:
         """Logits of whole sequences. B is `lie.rows`; segment 0 is padding, positions feed the rotary embedding."""
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
-        rope = self._rope(positions, lengths)
+        places = Places.of(self.config, positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []
         for layer in self.layers:
             states.append(x)
-            x, detail = layer(x, rope, segments, lie.stream, lie.parallel)
+            x, detail = layer(x, places, segments, lie.stream, lie.parallel)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
-        x = rms_norm(x, self.norm[...], self.config.norm_eps)
+        x = self.norm(x)
         sparse = [d for d in details if d is not None]
         return Forward(
             logits=self._logits(x, lie),
@@ -145,39 +146,39 @@ class Decoder(nnx.Module):
 
     def prefill(
         self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], max_len: int, lie: Lie
-    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...], Int[Array, ""]]:
+    ) -> tuple[Float[Array, "B V"], tuple[Cache, ...], Int[Array, ""]]:
         """The logits after each right-padded prompt, a cache with room for `max_len` tokens, and dropped pairs."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        rope = self._rope(positions, lengths)
+        places = Places.of(self.config, positions, lengths)
         last = jnp.maximum(lengths - 1, 0)
 
-        def run(layer: Block, x: jax.Array) -> tuple[jax.Array, LayerCache, MoEDetails | None]:
-            return layer.prefill(x, rope, lengths, max_len, lie.stream, lie.parallel)
+        def run(layer: Block, x: jax.Array) -> tuple[jax.Array, Cache, MoEDetails | None]:
+            return layer.prefill(x, places, lengths, max_len, lie.stream, lie.parallel)
 
         x, caches, dropped = self._through(self._embed(tokens, lie), [run] * len(self.layers), lie)
         x = jnp.take_along_axis(x, last[:, None, None], 1)
-        return self._logits(rms_norm(x, self.norm[...], self.config.norm_eps), lie)[:, 0], caches, dropped
+        return self._logits(self.norm(x), lie)[:, 0], caches, dropped
 
     def decode(
         self,
         tokens: Int[Array, " B"],
         positions: Int[Array, " B"],
         active: Bool[Array, " B"],
-        caches: tuple[LayerCache, ...],
+        caches: tuple[Cache, ...],
         lie: Lie,
-    ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...], Int[Array, ""]]:
+    ) -> tuple[Float[Array, "B V"], tuple[Cache, ...], Int[Array, ""]]:
         """The logits after one more token a row, at `positions`; rows that are not active are routed nowhere."""
-        rope = self._rope(positions[:, None], positions + 1)
+        places = Places.of(self.config, positions[:, None], positions + 1)
 
-        def step(cache: LayerCache) -> Callable[[Block, jax.Array], tuple[jax.Array, LayerCache, MoEDetails | None]]:
-            return lambda layer, x: layer.decode(x, rope, positions, active, cache, lie.stream, lie.parallel)
+        def step(cache: Cache) -> Callable[[Block, jax.Array], tuple[jax.Array, Cache, MoEDetails | None]]:
+            return lambda layer, x: layer.decode(x, places, positions, active, cache, lie.stream, lie.parallel)
 
         x, new, dropped = self._through(self._embed(tokens[:, None], lie), [step(cache) for cache in caches], lie)
-        return self._logits(rms_norm(x, self.norm[...], self.config.norm_eps), lie)[:, 0], new, dropped
+        return self._logits(self.norm(x), lie)[:, 0], new, dropped
 
     def _through(
         self, x: jax.Array, steps: list[Callable[[Block, jax.Array], tuple]], lie: Lie
-    ) -> tuple[jax.Array, tuple[LayerCache, ...], jax.Array]:
+    ) -> tuple[jax.Array, tuple[Cache, ...], jax.Array]:
         caches, details = [], []
         for layer, step in zip(self.layers, steps, strict=True):
             x, cache, detail = step(layer, x)
@@ -188,16 +189,28 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array, lie: Lie) -> jax.Array:
         with jax.named_scope("embed"):
-            return embed(tokens, self.embed[...], lie.stream)
+            x = embed(tokens, self.embed[...], lie.stream)
+            scale = self.config.embedding_scale
+            return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def _logits(self, x: jax.Array, lie: Lie) -> jax.Array:
+        config = self.config
         with jax.named_scope("lm_head"):
             head = self.embed if self.lm_head is None else self.lm_head
-            return head_logits(x, head[...], self.config.vocab_size, lie.stream)
+            logits = head_logits(x, head[...], config.vocab_size, lie.stream)
+            bias = None if self.lm_head_bias is None else self.lm_head_bias[...][: config.vocab_size]
+            return finished_logits(logits, bias, config)
 
-    def _rope(self, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        config = self.config
-        return rope_tables(config.rope, config.attention.head_dim, config.max_position_embeddings, positions, lengths)
+
+def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | None, config: ModelConfig) -> jax.Array:
+    """Logits (f32) as the config wants them: biased, scaled, bounded."""
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    if config.logits_scale != 1:
+        logits = logits * config.logits_scale
+    if (cap := config.logits_softcap) is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    return logits
 
 
 def _flat(x: jax.Array) -> jax.Array:

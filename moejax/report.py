@@ -1,9 +1,10 @@
 """What a start-up report says: four lines on how a model lies on its mesh."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
+from moejax.config import AttentionConfig, LatentAttentionConfig, Mixer, MoEConfig
 from moejax.language_model import LanguageModel
 from moejax.mesh import describe
 from moejax.model import lay
@@ -12,7 +13,6 @@ from moejax.moe.strategies.all_to_all import make_cells
 from moejax.moe.strategies.local import Local
 from moejax.moe.strategies.shares import divides
 from moejax.nn.head_share import HeadShare
-from moejax.nn.heads import head_layout
 
 CLASSES = ("experts", "attention", "embedding", "other")
 
@@ -51,17 +51,17 @@ def _class_of(role: str) -> str:
 
 
 def _experts(model: LanguageModel) -> str:
-    config, ep = model.config, model.mesh.shape["ep"]
-    if not any(config.sparse):
+    moe = _moe(model)
+    if moe is None:
         return f"mesh      {describe(model.mesh)}; no layer has experts"
-    placement = Placement(config.moe.num_experts, ep)
+    placement = Placement(moe.num_experts, model.mesh.shape["ep"])
     empty = placement.slots - placement.num_experts
-    width = -(-config.moe.intermediate_size // model.mesh.shape["tp"])
+    width = -(-moe.intermediate_size // model.mesh.shape["tp"])
     return (
         f"mesh      {describe(model.mesh)}: "
         f"{placement.num_experts} experts in {placement.slots_per_device} slots a device"
         + (f" ({empty} of {placement.slots} slots empty)" if empty else "")
-        + f", {width} of {config.moe.intermediate_size} hidden columns each"
+        + f", {width} of {moe.intermediate_size} hidden columns each"
     )
 
 
@@ -72,19 +72,34 @@ def _strategy(model: LanguageModel, batch: int) -> str:
     return f"strategy  {lie.choice.strategy} for prefill and decode of {sequences}: {lie.choice.reason}{padding}"
 
 
+def _moe(model: LanguageModel) -> MoEConfig | None:
+    """The experts of the first layer that has some."""
+    return next((layer.moe for layer in model.config.layers if layer.moe is not None), None)
+
+
 def _attention(model: LanguageModel, batch: int) -> str:
-    attention, mesh = model.config.attention, model.mesh
+    mesh = model.mesh
     stream = lay(batch, mesh, model.options).stream
-    share = HeadShare.of(head_layout(attention.num_heads, attention.num_kv_heads, mesh.shape["tp"]), stream)
+    shares = [layer.attention.share(stream) for layer in model.decoder.layers]
+    kinds = Counter(_heads(layer.mixer, share) for layer, share in zip(model.config.layers, shares, strict=True))
     data = mesh.shape["ep"] if stream.cut else 1
-    tensor = mesh.shape["tp"] * share.helpers
-    alike = mesh.shape["ep"] // (data * share.helpers)
+    tensor = mesh.shape["tp"] * shares[0].helpers
+    alike = mesh.shape["ep"] // (data * shares[0].helpers)
+    heads = next(iter(kinds)) if len(kinds) == 1 else "; ".join(f"{kind} in {n} layers" for kind, n in kinds.items())
     return (
         f"attention data parallel {data} x tensor parallel {tensor}"
         + (f" x {alike} alike" if alike > 1 else "")
-        + f": {share.heads} of {attention.num_heads} heads over {share.kv_heads} of {attention.num_kv_heads} "
-        "key/value heads a device"
+        + f": {heads}"
     )
+
+
+def _heads(mixer: Mixer, share: HeadShare) -> str:
+    if isinstance(mixer, AttentionConfig):
+        few = f"{share.kv_heads} of {mixer.num_kv_heads} key/value heads"
+        return f"{share.heads} of {mixer.num_heads} heads over {few} a device"
+    if isinstance(mixer, LatentAttentionConfig):
+        return f"{share.heads} of {mixer.num_heads} heads a device over one latent of {mixer.kv_rank} values"
+    return f"{share.heads} of {mixer.num_value_heads} heads with a recurrent state a device"
 
 
 def _bytes(model: LanguageModel) -> str:
@@ -96,14 +111,15 @@ def _bytes(model: LanguageModel) -> str:
 
 def explain_lines(model: LanguageModel, batch: int, prompt_tokens: int) -> list[str]:
     """What `--explain` adds: a layer's exchange, for a prefill of `prompt_tokens` a row and for a decode step."""
-    if not any(model.config.sparse):
+    if not model.config.sparse:
         return ["explain   no layer has experts, so there is nothing to exchange"]
     return [_explain(model, batch, name, tokens) for name, tokens in (("prefill", prompt_tokens), ("decode", 1))]
 
 
 def _explain(model: LanguageModel, batch: int, phase: str, tokens: int) -> str:
-    config, lie = model.config, lay(batch, model.mesh, model.options)
-    ep, width = model.mesh.shape["ep"], config.hidden_size
+    lie, moe = lay(batch, model.mesh, model.options), _moe(model)
+    assert moe is not None
+    ep, width = model.mesh.shape["ep"], moe.hidden_size
     item = next(iter(model.parameters().values())).dtype.itemsize
     here = lie.rows * tokens // (ep if lie.stream.cut else 1)
     start = f"explain   {phase} of {batch} x {tokens} tokens, a layer: "
@@ -116,12 +132,12 @@ def _explain(model: LanguageModel, batch: int, phase: str, tokens: int) -> str:
         tp="tp",
         others=(),
         tp_size=model.mesh.shape["tp"],
-        placement=Placement(config.moe.num_experts, ep),
-        activation=config.moe.activation,
+        placement=Placement(moe.num_experts, ep),
+        activation=moe.activation,
         capacity_factor=lie.parallel.capacity_factor,
         chunks=lie.parallel.chunks,
     )
-    rows = make_cells(here, config.moe.num_experts_per_tok, local).rows
+    rows = make_cells(here, moe.num_experts_per_tok, local).rows
     share = width // local.tp_size if divides(width, local) else width
     payload = 2 * lie.parallel.chunks * ep * rows * share * item
     exact = "repeated until nothing is left" if local.capacity_factor is None else "what does not fit is dropped"

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.checkpoint.pieces import Plan
-from moejax.checkpoint.plan import plan
+from moejax.checkpoint.plan import MeshLayout, plan
 from moejax.config import ModelConfig
 from moejax.families import FAMILIES
 from moejax.nn.heads import HeadLayout, head_layout
@@ -37,13 +37,20 @@ SPECS = {
 
 def mesh_layout(config: ModelConfig, mesh: Mesh) -> tuple[HeadLayout, tuple[int, ...]]:
     """Heads, and a slot for each expert: in reverse order, so that no test passes by slot and expert being one."""
-    slots = _ceil(config.moe.num_experts, mesh.shape["ep"])
-    heads = head_layout(config.attention.num_heads, config.attention.num_kv_heads, mesh.shape["tp"])
-    return heads, tuple(slots - 1 - expert for expert in range(config.moe.num_experts))
+    attention = config.layers[0].mixer
+    heads = head_layout(attention.num_heads, attention.num_kv_heads, mesh.shape["tp"])
+    return heads, _reversed_slots(config.num_experts, mesh)
 
 
 def mesh_plan(config: ModelConfig, mesh: Mesh) -> Plan:
-    return plan(config, FAMILIES[config.model_type].names, *mesh_layout(config, mesh))
+    family = FAMILIES[config.model_type]
+    layout = MeshLayout(mesh.shape["tp"], lambda experts: _reversed_slots(experts, mesh))
+    return plan(config, family.names, family.experts, layout)
+
+
+def _reversed_slots(experts: int, mesh: Mesh) -> tuple[int, ...]:
+    slots = _ceil(experts, mesh.shape["ep"])
+    return tuple(slots - 1 - expert for expert in range(experts))
 
 
 def abstract(expected: Mapping[str, np.ndarray], config: ModelConfig, mesh: Mesh, dtype: np.dtype | type):
@@ -56,31 +63,37 @@ def abstract(expected: Mapping[str, np.ndarray], config: ModelConfig, mesh: Mesh
 def expected_parameters(tensors: Tensors, config: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
     """Role -> the whole array, padding included, in the checkpoint's dtype."""
     tp = mesh.shape["tp"]
-    expected = {"embed": _pad(tensors["model.embed_tokens.weight"], 0, tp), "norm": tensors["model.norm.weight"]}
+    expected = {"embed": _pad(tensors["model.embed_tokens.weight"], 0, tp), "norm.weight": tensors["model.norm.weight"]}
     if not config.tie_word_embeddings:
         expected["lm_head"] = _pad(tensors["lm_head.weight"], 0, tp)
-    for layer, sparse in enumerate(config.sparse):
+    for layer, own_config in enumerate(config.layers):
         prefix = f"model.layers.{layer}."
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        block = _attention(own, config, mesh) | (_moe(own, config, mesh) if sparse else _mlp("mlp", "mlp", own, tp))
+        block = _attention(own, config, mesh) | (
+            _moe(own, config, mesh) if own_config.moe else _mlp("mlp", "mlp", own, tp)
+        )
         expected |= {f"layers.{layer}.{role}": value for role, value in block.items()}
     return expected
 
 
 def _attention(own: Tensors, config: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
-    heads, H = mesh_layout(config, mesh)[0], config.attention.head_dim
-    queries = [head if head < config.attention.num_heads else -1 for head in range(heads.num_heads)]
-    block = {"attention_norm": own["input_layernorm.weight"], "mlp_norm": own["post_attention_layernorm.weight"]}
+    attention, heads = config.layers[0].mixer, mesh_layout(config, mesh)[0]
+    H = attention.head_dim
+    queries = [head if head < attention.num_heads else -1 for head in range(heads.num_heads)]
+    block = {
+        "attention_norm.weight": own["input_layernorm.weight"],
+        "mlp_norm.weight": own["post_attention_layernorm.weight"],
+    }
     for part, stored in (("q", queries), ("k", heads.kv_of), ("v", heads.kv_of)):
         block[f"attention.{part}"] = _heads(own[f"self_attn.{part}_proj.weight"], stored, H).transpose(2, 0, 1)
-        if config.attention.qkv_bias:
+        if attention.qkv_bias:
             block[f"attention.{part}_bias"] = _heads(own[f"self_attn.{part}_proj.bias"], stored, H)
-        if part != "v" and config.attention.qk_norm == "head":
+        if part != "v" and attention.qk_norm == "head":
             block[f"attention.{part}_norm"] = own[f"self_attn.{part}_norm.weight"]
-        if part != "v" and config.attention.qk_norm == "full":
+        if part != "v" and attention.qk_norm == "full":
             block[f"attention.{part}_norm"] = _heads(own[f"self_attn.{part}_norm.weight"], stored, H)
     block["attention.o"] = _heads(own["self_attn.o_proj.weight"].T, queries, H)
-    if config.attention.out_bias:
+    if attention.out_bias:
         block["attention.o_bias"] = own["self_attn.o_proj.bias"]
     return block
 
@@ -106,9 +119,10 @@ def _moe(own: Tensors, config: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]
         return np.stack([by_slot.get(slot, np.zeros_like(values[0])) for slot in range(slots)])
 
     block = {"router": own[f"{prefix}.gate.weight"].T, "gate_up": stack(gate_up), "down": stack(down)}
-    if config.moe.shared_intermediate_size:
+    moe = next(layer.moe for layer in config.layers if layer.moe)
+    if moe.shared_intermediate_size:
         block |= _mlp("", "mlp.shared_expert", own, tp, "shared_")
-    if config.moe.shared_gate:
+    if moe.shared_gate:
         block["shared_gate"] = own["mlp.shared_expert_gate.weight"][0]
     return {f"moe.{role.removeprefix('.')}": value for role, value in block.items()}
 
@@ -129,6 +143,6 @@ def _ceil(size: int, multiple: int) -> int:
 
 
 def _spec(role: str, config: ModelConfig) -> P:
-    if config.attention.qk_norm == "full" and role.endswith(("q_norm", "k_norm")):
+    if config.layers[0].mixer.qk_norm == "full" and role.endswith(("q_norm", "k_norm")):
         return P("tp", None)
     return SPECS.get(role.split(".", 2)[-1] if role.startswith("layers.") else role, P())

@@ -37,7 +37,7 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 def load(folder: Path, config, mesh, dtype=None, progress=None):
     """Parameters, and what they should be in the checkpoint's own dtype."""
     expected = expected_parameters(read_all(folder), config, mesh)
-    dtype = dtype or expected["norm"].dtype
+    dtype = dtype or expected["norm.weight"].dtype
     plan = mesh_plan(config, mesh)
     with CheckpointFiles.open(folder) as files:
         check(plan, files, FAMILIES[config.model_type].ignored_tensors)
@@ -148,10 +148,10 @@ def test_donating_one_parameter_leaves_its_replicas_and_others_alone(tmp_path):
     """On CPU replicas share the memory that was read into; a program that overwrites its argument must not see that."""
     folder = write_checkpoint(tmp_path, CONFIGS["mixtral_plain"])
     parameters, expected = load(folder, read_config(CONFIGS["mixtral_plain"]), make_mesh(4, 2))
-    replicas = [shard.data for shard in parameters["norm"].addressable_shards]
+    replicas = [shard.data for shard in parameters["norm.weight"].addressable_shards]
     changed = jax.jit(lambda x: x + 1, donate_argnums=0)(replicas[0])
-    assert np.array_equal(np.asarray(changed), expected["norm"] + 1)
-    assert all(np.array_equal(np.asarray(replica), expected["norm"]) for replica in replicas[1:])
+    assert np.array_equal(np.asarray(changed), expected["norm.weight"] + 1)
+    assert all(np.array_equal(np.asarray(replica), expected["norm.weight"]) for replica in replicas[1:])
 
 
 def test_links_into_a_hub_cache_are_followed(tmp_path):

@@ -145,7 +145,7 @@ def test_a_sound_model_passes_and_its_margin_is_told(verifier: Verifier, model: 
         ("layers.1.attention.o", flip(1, 2), None, 1),
         # One replica: ep device 1 computes prompts 2 and 3 with it.
         ("layers.1.attention.q", flip(4), 2, 1),
-        ("layers.1.mlp_norm", flip(9), None, 1),
+        ("layers.1.mlp_norm.weight", flip(9), None, 1),
         ("lm_head", flip(17), 1, "head"),
     ],
 )

@@ -180,10 +180,19 @@ def _fill(
     moves = [
         pool.submit(move, tensor, block)
         for tensor, parts in by_tensor.items()
-        for block in _blocks(files, tensor, hull([part.source for part in parts]))
+        for region in _regions([part.source for part in parts])
+        for block in _blocks(files, tensor, region)
     ]
     for done in moves:
         done.result()
+
+
+def _regions(sources: list[Window]) -> list[Window]:
+    """What to read for several parts of one tensor: their hull, or each by itself where the hull is mostly others'."""
+    together = hull(sources)
+    if math.prod(extents(together)) <= 2 * sum(math.prod(extents(source)) for source in sources):
+        return [together]
+    return [hull([source]) for source in sources]
 
 
 def _blocks(files: CheckpointFiles, tensor: str, region: Window) -> Iterator[Window]:

@@ -14,9 +14,9 @@ class Piece:
         dest: index into the parameter; an int selects one index and drops that axis, slices have explicit start and
             stop.
         tensor: name of the checkpoint tensor.
-        source: region of that tensor, explicit start and stop on every axis. Where the tensor has more axes than
-            `dest` has
-            slices, its leading axes are of extent 1 in the region and are dropped.
+        source: region of that tensor, explicit start and stop on every axis, and a step where a parameter takes every
+            other row. Where the tensor has more axes than `dest` has slices, its leading axes are of extent 1 in the
+            region and are dropped.
         transpose: the region, transposed (2-D), is the destination.
     """
 
@@ -59,7 +59,9 @@ def within(piece: Piece, window: Window) -> Piece | None:
         return None
     source = list(piece.source)
     for axis, source_axis in piece.axes:
-        source[source_axis] = _shift(box[axis], piece.source[source_axis].start - piece.box[axis].start)
+        first, step = piece.source[source_axis].start, step_of(piece.source[source_axis])
+        start, stop = (first + (edge - piece.box[axis].start) * step for edge in (box[axis].start, box[axis].stop))
+        source[source_axis] = slice(start, stop, step)
     moved = (_shift(part, -edge.start) for part, edge in zip(box, window, strict=True))
     dest = tuple(new.start if isinstance(old, int) else new for old, new in zip(piece.dest, moved, strict=True))
     return replace(piece, dest=dest, source=tuple(source))
@@ -67,14 +69,20 @@ def within(piece: Piece, window: Window) -> Piece | None:
 
 def within_source(piece: Piece, block: Window) -> Piece | None:
     """The part of `piece` inside a block of its tensor, `source` counted from the block's corner; None if outside."""
-    source = _intersect(piece.source, block)
-    if source is None:
+    parts = [_part(axis, bounds) for axis, bounds in zip(piece.source, block, strict=True)]
+    if any(count <= 0 for _, count in parts):
         return None
     dest = list(piece.dest)
     for axis, source_axis in piece.axes:
-        dest[axis] = _shift(source[source_axis], piece.box[axis].start - piece.source[source_axis].start)
-    moved = tuple(_shift(part, -edge.start) for part, edge in zip(source, block, strict=True))
-    return replace(piece, dest=tuple(dest), source=moved)
+        skipped, count = parts[source_axis]
+        start = piece.box[axis].start + skipped
+        dest[axis] = slice(start, start + count)
+    source = []
+    for axis, bounds, (skipped, count) in zip(piece.source, block, parts, strict=True):
+        step = step_of(axis)
+        start = axis.start + skipped * step - bounds.start
+        source.append(slice(start, start + (count - 1) * step + 1, step))
+    return replace(piece, dest=tuple(dest), source=tuple(source))
 
 
 def hull(regions: list[Window]) -> Window:
@@ -87,7 +95,20 @@ def whole(shape: tuple[int, ...]) -> Window:
 
 
 def extents(window: Window) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in window)
+    return tuple(len(range(part.start, part.stop, step_of(part))) for part in window)
+
+
+def step_of(part: slice) -> int:
+    return part.step or 1
+
+
+def _part(axis: slice, bounds: slice) -> tuple[int, int]:
+    """How many of a stepped range's indices lie before some bounds, and how many within them."""
+    before, until = (
+        len(range(axis.start, max(axis.start, min(edge, axis.stop)), step_of(axis)))
+        for edge in (bounds.start, bounds.stop)
+    )
+    return before, until - before
 
 
 def _intersect(a: Window, b: Window) -> Window | None:

@@ -30,6 +30,9 @@ class _Stored(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.spelling].itemsize
 
 
+# Roles that share a tensor are of one layer, so they stand near each other.
+_BUNDLE_REACH = 16
+
 # The tensors of one file, in the order of their bytes.
 _File = dict[str, _Stored]
 
@@ -47,7 +50,7 @@ def save_checkpoint(
 
     Padding is dropped and repeated key/value heads are written once, so the files do not depend on the mesh. They are
     written beside the folder and renamed at the end: an interrupted save leaves nothing under its name. The host holds
-    one parameter at a time, and one tensor. With several processes all must call this; each parameter in turn is
+    one parameter at a time (or those that share a tensor), and one tensor. With several processes all must call this; each parameter in turn is
     gathered onto every device, and process 0 writes.
 
     Args:
@@ -98,9 +101,22 @@ def _stored(parameters: Mapping[str, jax.Array], plan: Plan, dtype: str | None) 
     spelling = {known.name: name for name, known in DTYPES.items()}
     return {
         piece.tensor: _Stored(plan.shapes[piece.tensor], spelling[dtype or parameters[role].dtype.name])
-        for role, pieces in plan.pieces.items()
-        for piece in pieces
+        for roles in _bundles(plan)
+        for role in roles
+        for piece in plan.pieces[role]
     }
+
+
+def _bundles(plan: Plan) -> list[list[str]]:
+    """Roles that share tensors, together; most stand alone."""
+    bundles: list[tuple[set[str], list[str]]] = []
+    for role, pieces in plan.pieces.items():
+        tensors, roles = {piece.tensor for piece in pieces}, [role]
+        for other in [bundle for bundle in bundles[-_BUNDLE_REACH:] if bundle[0] & tensors]:
+            bundles.remove(other)
+            tensors, roles = other[0] | tensors, other[1] + roles
+        bundles.append((tensors, roles))
+    return [roles for _, roles in bundles]
 
 
 def _files(stored: _File, max_shard_bytes: int) -> dict[str, _File]:
@@ -126,19 +142,20 @@ def _updated(config: Mapping[str, Any], plan: Plan, stored: _File) -> dict[str, 
 
 def _tensors(parameters: Mapping[str, jax.Array], plan: Plan, stored: _File) -> Iterator[np.ndarray]:
     """The checkpoint's tensors in the order of `stored`; processes other than 0 take part and get nothing."""
-    for role, pieces in plan.pieces.items():
-        parameter = _gathered(parameters[role])
+    for roles in _bundles(plan):
+        gathered = {role: _gathered(parameters[role]) for role in roles}
         if jax.process_index() != 0:
             continue
-        shards = _distinct_shards(parameter)
-        by_tensor: dict[str, list[Piece]] = {}
-        for piece in pieces:
-            by_tensor.setdefault(piece.tensor, []).append(piece)
+        shards = {role: _distinct_shards(parameter) for role, parameter in gathered.items()}
+        by_tensor: dict[str, list[tuple[str, Piece]]] = {}
+        for role in roles:
+            for piece in plan.pieces[role]:
+                by_tensor.setdefault(piece.tensor, []).append((role, piece))
         for tensor, parts in by_tensor.items():
             data = np.empty(stored[tensor].shape, DTYPES[stored[tensor].spelling])
             # Of a key/value head that is stored several times the first copy counts, so it is written last.
-            for part in reversed(parts):
-                _collect(data, part, shards)
+            for role, part in reversed(parts):
+                _collect(data, part, shards[role])
             yield data
 
 

@@ -68,7 +68,7 @@ def load_model(args: argparse.Namespace, folder: Path, mesh: Mesh, **options: ob
 
 def mesh_for(args: argparse.Namespace, folder: Path) -> Mesh:
     """The mesh asked for, or the default one for this model's experts."""
-    experts = read_config(read_json(folder, "config.json")).moe.num_experts
+    experts = read_config(read_json(folder, "config.json")).num_experts
     return make_mesh(args.mesh, num_experts=experts, platform=args.platform)
 
 

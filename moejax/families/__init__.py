@@ -13,23 +13,50 @@ from moejax.families.qwen2_moe import QWEN2_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
 from moejax.families.rope_parameters import unknown_rope_keys
 
-__all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "unknown_fields"]
+__all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+_BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}
+_BY_WRAPPER = {family.wrapper.model_type: family for family in _ALL if family.wrapper}
 
 
 def family_of(model_type: Any) -> Family:
-    """The family that a config.json's `model_type` names (None where it names none).
+    """The family that a config.json's `model_type` names (None where it names none), itself or wrapped.
 
     Raises:
         MoejaxError: no such family.
     """
-    supported = f"supported are {', '.join(FAMILIES)}"
+    supported = f"supported are {', '.join(_BY_NAME | _BY_WRAPPER)}"
     if model_type is None:
         raise MoejaxError(f"the config has no model_type; {supported}")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _BY_NAME | _BY_WRAPPER:
         raise MoejaxError(f"model_type={model_type!r} is not supported; {supported}")
-    return FAMILIES[model_type]
+    return _BY_NAME.get(model_type) or _BY_WRAPPER[model_type]
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: `raw` itself, or the `text_config` of a model of several modalities.
+
+    Raises:
+        MoejaxError: no JSON object, an unknown family, or a wrapper without a text_config.
+    """
+    if not isinstance(raw, Mapping):
+        raise MoejaxError(f"a config must be a JSON object, got {type(raw).__name__}")
+    model_type = raw.get("model_type")
+    family = family_of(model_type)
+    if model_type not in _BY_WRAPPER:
+        return raw
+    inner = raw.get("text_config")
+    if not isinstance(inner, Mapping):
+        raise MoejaxError(f"the config of model_type={model_type!r} has no text_config, which describes its text model")
+    # What describes the files stands outside; the text config's own word wins.
+    outer = {name: raw[name] for name in _OUTER_FIELDS if name in raw}
+    return outer | dict(inner) | {"model_type": family.model_type, "architectures": [family.architecture]}
+
+
+_OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "transformers_version")
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -41,15 +68,16 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         MoejaxError: an unknown family, a value of the wrong kind, or a field that changes the numbers and is not
             supported; the message names the field and its value.
     """
-    if not isinstance(raw, Mapping):
-        raise MoejaxError(f"a config must be a JSON object, got {type(raw).__name__}")
-    return family_of(raw.get("model_type")).to_config(raw)
+    text = text_config(raw)
+    return family_of(text.get("model_type")).to_config(text)
 
 
 def unknown_fields(raw: Mapping[str, Any]) -> list[str]:
     """Names, sorted, of the config.json fields that neither transformers' base config nor the family knows.
 
-    They have no effect here, nor in transformers. Keys inside the rope object are dotted.
+    They have no effect here, nor in transformers. Keys inside the rope object are dotted. Of a model of several
+    modalities only the text config counts.
     """
-    known = SHARED_FIELDS | family_of(raw.get("model_type")).fields
-    return sorted(set(raw) - known) + unknown_rope_keys(raw)
+    text = text_config(raw)
+    known = SHARED_FIELDS | family_of(text.get("model_type")).fields
+    return sorted(set(text) - known) + unknown_rope_keys(text)

@@ -1,16 +1,18 @@
 """The part of a config.json that all families share: sizes, attention, rope, tokens, and what is refused."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moejax.config import Activation, AttentionConfig
+from moejax.config import AttentionConfig, LayerConfig, MoEConfig, NormConfig
 from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 from moejax.families.rope_parameters import read_rope
 
 # transformers' names for functions that are equal in float32; gelu_fast spells sqrt(2/pi) with ten digits.
-_ACTIVATIONS: Mapping[str, Activation] = {
+ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+_ACTIVATIONS: Mapping[str, ActivationName] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -55,53 +57,65 @@ class Defaults:
 
 
 def read_attention(
-    fields: Fields,
-    defaults: Defaults,
-    *,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    qk_norm: Literal["none", "head", "full"] = "none",
-    clip_qkv: float | None = None,
+    fields: Fields, defaults: Defaults, *, partial_rotary: float | None = None, **switches: Any
 ) -> AttentionConfig:
-    """Heads and their widths from the config; the switches are the family's to read."""
+    """Heads, their widths and their rotary embedding from the config; the switches are the family's to read.
+
+    Args:
+        fields, defaults: the config and what it leaves out.
+        partial_rotary: the family's own `partial_rotary_factor`; None where it turns whole heads and the field has no
+            meaning.
+        switches: further fields of AttentionConfig.
+    """
     heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
     head_dim = fields.optional_integer("head_dim") or fields.integer("hidden_size", defaults.hidden_size) // heads
+    longest = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=fields.optional_integer("num_key_value_heads", defaults.num_key_value_heads) or heads,
         head_dim=head_dim,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        qk_norm=qk_norm,
-        clip_qkv=clip_qkv,
+        rope=read_rope(fields, defaults.rope_theta, longest, head_dim, partial_rotary),
+        **switches,
     )
 
 
-def read_decoder(fields: Fields, defaults: Defaults, head_dim: int) -> dict[str, Any]:
+def read_decoder(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     """The ModelConfig fields that every family reads alike, by name.
 
     Raises:
         MoejaxError: a value of the wrong kind, or a field that changes the numbers and is not supported.
     """
     _refuse_unsupported(fields)
-    max_position_embeddings = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
     return {
         "vocab_size": fields.integer("vocab_size", defaults.vocab_size),
         "hidden_size": fields.integer("hidden_size", defaults.hidden_size),
-        "max_position_embeddings": max_position_embeddings,
-        "norm_eps": fields.number("rms_norm_eps", defaults.rms_norm_eps),
+        "max_position_embeddings": fields.integer("max_position_embeddings", defaults.max_position_embeddings),
+        "norm": NormConfig(fields.number("rms_norm_eps", defaults.rms_norm_eps)),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
-        "rope": read_rope(fields, defaults.rope_theta, max_position_embeddings, head_dim),
         "dtype": _dtype(fields),
         "bos_id": fields.optional_integer("bos_token_id", defaults.bos_token_id, minimum=0),
         "eos_ids": _eos_ids(fields, defaults.eos_token_id),
     }
 
 
-def read_activation(fields: Fields) -> Activation:
-    name = fields.raw.get("hidden_act", "silu")
+def decoder_layers(
+    attention: AttentionConfig,
+    windows: Sequence[int | None],
+    moe: Sequence[MoEConfig | None],
+    dense_intermediate_size: int = 0,
+) -> tuple[LayerConfig, ...]:
+    """Layers that differ in their window, and in whether (and which) experts they have, and in nothing else."""
+    return tuple(
+        LayerConfig(replace(attention, window=window), experts, 0 if experts else dense_intermediate_size)
+        for window, experts in zip(windows, moe, strict=True)
+    )
+
+
+def read_activation(fields: Fields, field: str = "hidden_act", default: str = "silu") -> ActivationName:
+    """The activation that the config names."""
+    name = fields.raw.get(field, default)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise fields.error("hidden_act", f"is not supported; one of {', '.join(_ACTIVATIONS)} is")
+        raise fields.error(field, f"is not supported; one of {', '.join(_ACTIVATIONS)} is")
     return _ACTIVATIONS[name]
 
 

@@ -4,7 +4,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moejax.checkpoint.expert_entries import ExpertTensors
 from moejax.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of several modalities whose text half is a family's model.
+
+    Attributes:
+        model_type: of its config.json, whose `text_config` is the family's.
+        prefixes: (prefix of a tensor name in the wrapper's checkpoint, prefix in the text model's own), tried in order.
+            Tensors that none fits belong to other modalities and are left out.
+    """
+
+    model_type: str
+    prefixes: tuple[tuple[str, str], ...]
+
+
+def nothing_left_out(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """For families whose checkpoints hold only what their models use."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -19,6 +39,11 @@ class Family:
             names have: a role holds all experts. Roles of parts (`moe.gate`, `moe.up`) are separate tensors of one
             parameter (`moe.gate_up`). A family names every role it may have; a config may use fewer.
         fields: names of config.json's fields that `to_config` reads beyond those all families share.
+        experts: how its checkpoints stack experts.
+        aliases: further model_types of the same family.
+        wrapper: the model of several modalities that holds one of the family.
+        left_out: parsed config.json -> glob patterns of checkpoint tensors that a decoder has no use for (layers that
+            predict further tokens); loading names what it leaves out.
         ignored_tensors: glob patterns of checkpoint tensors that carry no parameter.
     """
 
@@ -27,6 +52,10 @@ class Family:
     to_config: Callable[[Mapping[str, Any]], ModelConfig]
     names: Mapping[str, str]
     fields: frozenset[str]
+    experts: ExpertTensors = ExpertTensors()
+    aliases: tuple[str, ...] = ()
+    wrapper: Wrapper | None = None
+    left_out: Callable[[Mapping[str, Any]], tuple[str, ...]] = nothing_left_out
     ignored_tensors: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
 
 
@@ -34,10 +63,13 @@ _LAYER = "model.layers.{l}."
 
 DEFAULT_NAMES: Mapping[str, str] = {
     "embed": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
+    "norm.weight": "model.norm.weight",
+    "norm.bias": "model.norm.bias",
     "lm_head": "lm_head.weight",
-    "layers.{l}.attention_norm": _LAYER + "input_layernorm.weight",
-    "layers.{l}.mlp_norm": _LAYER + "post_attention_layernorm.weight",
+    "layers.{l}.attention_norm.weight": _LAYER + "input_layernorm.weight",
+    "layers.{l}.attention_norm.bias": _LAYER + "input_layernorm.bias",
+    "layers.{l}.mlp_norm.weight": _LAYER + "post_attention_layernorm.weight",
+    "layers.{l}.mlp_norm.bias": _LAYER + "post_attention_layernorm.bias",
     "layers.{l}.attention.q": _LAYER + "self_attn.q_proj.weight",
     "layers.{l}.attention.k": _LAYER + "self_attn.k_proj.weight",
     "layers.{l}.attention.v": _LAYER + "self_attn.v_proj.weight",

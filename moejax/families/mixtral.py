@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.families.decoder import Defaults, read_activation, read_attention, read_decoder, uniform_windows
+from moejax.families.decoder import (
+    Defaults,
+    decoder_layers,
+    read_activation,
+    read_attention,
+    read_decoder,
+    uniform_windows,
+)
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.fields import Fields
 
@@ -24,26 +31,20 @@ _DEFAULTS = Defaults(
 
 def to_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
-    attention = read_attention(fields, _DEFAULTS)
-    decoder = read_decoder(fields, _DEFAULTS, attention.head_dim)
+    decoder = read_decoder(fields, _DEFAULTS)
     num_layers = fields.integer("num_hidden_layers", _DEFAULTS.num_hidden_layers)
     # Where both names stand, transformers lets the alias `num_experts` win.
     experts = "num_experts" if "num_experts" in raw else "num_local_experts"
-    return ModelConfig(
-        model_type="mixtral",
-        attention=attention,
-        moe=MoEConfig(
-            hidden_size=decoder["hidden_size"],
-            intermediate_size=fields.integer("intermediate_size", 14_336),
-            num_experts=fields.integer(experts, 8),
-            num_experts_per_tok=fields.integer("num_experts_per_tok", 2),
-            activation=read_activation(fields),
-        ),
-        windows=uniform_windows(fields, fields.optional_integer("sliding_window"), num_layers),
-        sparse=(True,) * num_layers,
-        dense_intermediate_size=0,
-        **decoder,
+    moe = MoEConfig(
+        hidden_size=decoder["hidden_size"],
+        intermediate_size=fields.integer("intermediate_size", 14_336),
+        num_experts=fields.integer(experts, 8),
+        num_experts_per_tok=fields.integer("num_experts_per_tok", 2),
+        activation=read_activation(fields),
     )
+    windows = uniform_windows(fields, fields.optional_integer("sliding_window"), num_layers)
+    layers = decoder_layers(read_attention(fields, _DEFAULTS), windows, [moe] * num_layers)
+    return ModelConfig(model_type="mixtral", layers=layers, **decoder)
 
 
 _MOE = "model.layers.{l}.block_sparse_moe."

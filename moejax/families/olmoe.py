@@ -5,7 +5,14 @@ from typing import Any
 
 from moejax.config import ModelConfig, MoEConfig, RouterConfig
 from moejax.errors import MoejaxError
-from moejax.families.decoder import Defaults, read_activation, read_attention, read_decoder, uniform_windows
+from moejax.families.decoder import (
+    Defaults,
+    decoder_layers,
+    read_activation,
+    read_attention,
+    read_decoder,
+    uniform_windows,
+)
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.fields import Fields
 
@@ -32,7 +39,7 @@ def to_config(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm="full",
         clip_qkv=fields.optional_number("clip_qkv"),
     )
-    decoder = read_decoder(fields, _DEFAULTS, attention.head_dim)
+    decoder = read_decoder(fields, _DEFAULTS)
     if attention.num_heads * attention.head_dim != decoder["hidden_size"]:
         raise MoejaxError(
             f"num_attention_heads={attention.num_heads} times head_dim={attention.head_dim} must be "
@@ -44,22 +51,16 @@ def to_config(raw: Mapping[str, Any]) -> ModelConfig:
     num_layers = fields.integer("num_hidden_layers", _DEFAULTS.num_hidden_layers)
     # Where both names stand, transformers lets the alias `num_local_experts` win.
     experts = "num_local_experts" if "num_local_experts" in raw else "num_experts"
-    return ModelConfig(
-        model_type="olmoe",
-        attention=attention,
-        moe=MoEConfig(
-            hidden_size=decoder["hidden_size"],
-            intermediate_size=fields.integer("intermediate_size", 2048),
-            num_experts=fields.integer(experts, 64),
-            num_experts_per_tok=fields.integer("num_experts_per_tok", 8),
-            activation=read_activation(fields),
-            router=RouterConfig(renormalise=fields.flag("norm_topk_prob", False)),
-        ),
-        windows=uniform_windows(fields, None, num_layers),
-        sparse=(True,) * num_layers,
-        dense_intermediate_size=0,
-        **decoder,
+    moe = MoEConfig(
+        hidden_size=decoder["hidden_size"],
+        intermediate_size=fields.integer("intermediate_size", 2048),
+        num_experts=fields.integer(experts, 64),
+        num_experts_per_tok=fields.integer("num_experts_per_tok", 8),
+        activation=read_activation(fields),
+        router=RouterConfig(renormalise=fields.flag("norm_topk_prob", False)),
     )
+    layers = decoder_layers(attention, uniform_windows(fields, None, num_layers), [moe] * num_layers)
+    return ModelConfig(model_type="olmoe", layers=layers, **decoder)
 
 
 OLMOE = Family(

@@ -5,10 +5,17 @@ from typing import Any
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
-from moejax.families.decoder import Defaults, read_attention, read_decoder, read_layer_types
+from moejax.families.decoder import (
+    Defaults,
+    decoder_layers,
+    read_activation,
+    read_attention,
+    read_decoder,
+    read_layer_types,
+)
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.fields import Fields
-from moejax.families.qwen_moe import read_experts, read_sparse
+from moejax.families.qwen_moe import read_moe
 
 _DEFAULTS = Defaults(
     vocab_size=151_936,
@@ -24,25 +31,20 @@ _DEFAULTS = Defaults(
 def to_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
     attention = read_attention(fields, _DEFAULTS, qkv_bias=fields.flag("qkv_bias", True))
-    decoder = read_decoder(fields, _DEFAULTS, attention.head_dim)
+    decoder = read_decoder(fields, _DEFAULTS)
     num_layers = fields.integer("num_hidden_layers", _DEFAULTS.num_hidden_layers)
-    num_experts = fields.integer("num_experts", 60, minimum=0)
-    return ModelConfig(
-        model_type="qwen2_moe",
-        attention=attention,
-        moe=read_experts(
-            fields,
-            hidden_size=decoder["hidden_size"],
-            num_experts=num_experts,
-            intermediate_size=1408,
-            num_experts_per_tok=4,
-            shared_intermediate_size=fields.integer("shared_expert_intermediate_size", 5632),
-        ),
-        windows=_windows(fields, num_layers),
-        sparse=read_sparse(fields, num_experts, num_layers),
-        dense_intermediate_size=fields.integer("intermediate_size", 5632),
-        **decoder,
+    moe = read_moe(
+        fields,
+        num_layers,
+        hidden_size=decoder["hidden_size"],
+        num_experts=fields.integer("num_experts", 60, minimum=0),
+        intermediate_size=1408,
+        num_experts_per_tok=4,
+        shared_intermediate_size=fields.integer("shared_expert_intermediate_size", 5632),
+        shared_gate=True,
     )
+    layers = decoder_layers(attention, _windows(fields, num_layers), moe, fields.integer("intermediate_size", 5632))
+    return ModelConfig(model_type="qwen2_moe", layers=layers, activation=read_activation(fields), **decoder)
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:

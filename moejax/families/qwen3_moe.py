@@ -4,10 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import ModelConfig
-from moejax.families.decoder import Defaults, read_attention, read_decoder, uniform_windows
+from moejax.families.decoder import (
+    Defaults,
+    decoder_layers,
+    read_activation,
+    read_attention,
+    read_decoder,
+    uniform_windows,
+)
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.fields import Fields
-from moejax.families.qwen_moe import read_experts, read_sparse
+from moejax.families.qwen_moe import read_moe
 
 _DEFAULTS = Defaults(
     vocab_size=151_936,
@@ -24,28 +31,23 @@ def to_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
     bias = fields.flag("attention_bias", False)
     attention = read_attention(fields, _DEFAULTS, qkv_bias=bias, out_bias=bias, qk_norm="head")
-    decoder = read_decoder(fields, _DEFAULTS, attention.head_dim)
+    decoder = read_decoder(fields, _DEFAULTS)
     num_layers = fields.integer("num_hidden_layers", _DEFAULTS.num_hidden_layers)
     # The hub's configs say `num_experts`, those that transformers 5 writes `num_local_experts`, which wins over it.
     experts = "num_local_experts" if "num_local_experts" in raw else "num_experts"
-    num_experts = fields.integer(experts, 128, minimum=0)
+    moe = read_moe(
+        fields,
+        num_layers,
+        hidden_size=decoder["hidden_size"],
+        num_experts=fields.integer(experts, 128, minimum=0),
+        intermediate_size=768,
+        num_experts_per_tok=8,
+    )
     windowed = fields.flag("use_sliding_window", False)
     window = fields.optional_integer("sliding_window", 4096) if windowed else None
-    return ModelConfig(
-        model_type="qwen3_moe",
-        attention=attention,
-        moe=read_experts(
-            fields,
-            hidden_size=decoder["hidden_size"],
-            num_experts=num_experts,
-            intermediate_size=768,
-            num_experts_per_tok=8,
-        ),
-        windows=uniform_windows(fields, window, num_layers),
-        sparse=read_sparse(fields, num_experts, num_layers),
-        dense_intermediate_size=fields.integer("intermediate_size", 6144),
-        **decoder,
-    )
+    windows = uniform_windows(fields, window, num_layers)
+    layers = decoder_layers(attention, windows, moe, fields.integer("intermediate_size", 6144))
+    return ModelConfig(model_type="qwen3_moe", layers=layers, activation=read_activation(fields), **decoder)
 
 
 QWEN3_MOE = Family(

@@ -5,6 +5,7 @@ The hub's: `rope_theta` beside `rope_scaling` (whose kind is `type` or `rope_typ
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moejax.config import RopeConfig
@@ -18,40 +19,58 @@ _KEYS = frozenset(
 )
 
 
-def read_rope(fields: Fields, default_theta: float, max_position_embeddings: int, head_dim: int) -> RopeConfig:
+def read_rope(
+    fields: Fields,
+    default_theta: float,
+    max_position_embeddings: int,
+    head_dim: int,
+    partial_rotary: float | None = None,
+) -> RopeConfig:
     """The config's rotary embedding.
 
     Args:
         fields: the whole config.json.
         default_theta: the family's base where the config states none.
         max_position_embeddings: tokens; the pretraining context where a scaling states none.
-        head_dim: width of a head, all of which is rotated.
+        head_dim: width of a head.
+        partial_rotary: the part of a head that is turned where the config states none; None for families that always
+            turn whole heads.
 
     Raises:
-        MoejaxError: an unsupported kind, a rotation of part of the head, one rope per layer type, or a bad value.
+        MoejaxError: an unsupported kind, a part of the head where whole ones are turned, one rope per layer type, or a
+            bad value.
     """
     scaling = _scaling(fields)
     kind = scaling.raw.get("rope_type", scaling.raw.get("type", "default"))
     if kind not in _KINDS:
         raise MoejaxError(f"{scaling.prefix}rope_type={kind!r} is not supported; one of {', '.join(_KINDS)} is")
-    for part in (fields, scaling):
-        if part.raw.get("partial_rotary_factor") not in (None, 1):
-            raise part.error("partial_rotary_factor", "is not supported; whole heads are rotated (1.0)")
     theta = (scaling if "rope_theta" in scaling.raw else fields).number("rope_theta", default_theta)
     if theta <= 1:
         raise MoejaxError(f"config field rope_theta={theta} must be above 1: frequencies fall as its powers")
+    rope = RopeConfig(dim=_rotated(fields, scaling, head_dim, partial_rotary), theta=theta)
     if kind == "default":
-        return RopeConfig(theta=theta)
+        return rope
     if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=scaling.number("factor"))
+        return replace(rope, kind="linear", factor=scaling.number("factor"))
     if kind == "dynamic":
-        if head_dim == 2:
+        if rope.dim == 2:
             raise MoejaxError("rope_type='dynamic' needs head_dim above 2: its exponent is head_dim / (head_dim - 2)")
-        return RopeConfig(theta=theta, kind="dynamic", factor=scaling.number("factor"))
+        return replace(rope, kind="dynamic", factor=scaling.number("factor"))
     original = _original_length(fields, scaling, max_position_embeddings)
     if kind == "llama3":
-        return _llama3(scaling, theta, original)
-    return _yarn(scaling, theta, original, max_position_embeddings)
+        return _llama3(scaling, rope, original)
+    return _yarn(scaling, rope, original, max_position_embeddings)
+
+
+def _rotated(fields: Fields, scaling: Fields, head_dim: int, partial_rotary: float | None) -> int:
+    """How many of a head's values are turned."""
+    if partial_rotary is not None:
+        where = scaling if scaling.raw.get("partial_rotary_factor") is not None else fields
+        return int(head_dim * where.number("partial_rotary_factor", partial_rotary))
+    for part in (fields, scaling):
+        if part.raw.get("partial_rotary_factor") not in (None, 1):
+            raise part.error("partial_rotary_factor", "is not supported; whole heads are rotated (1.0)")
+    return head_dim
 
 
 def unknown_rope_keys(raw: Mapping[str, Any]) -> list[str]:
@@ -80,12 +99,12 @@ def _original_length(fields: Fields, scaling: Fields, max_position_embeddings: i
     return where.integer(name, max_position_embeddings)
 
 
-def _llama3(scaling: Fields, theta: float, original: int) -> RopeConfig:
+def _llama3(scaling: Fields, rope: RopeConfig, original: int) -> RopeConfig:
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
     if high <= low:
         raise scaling.error("high_freq_factor", f"must be above low_freq_factor={low}")
-    return RopeConfig(
-        theta=theta,
+    return replace(
+        rope,
         kind="llama3",
         factor=scaling.number("factor"),
         original_length=original,
@@ -94,11 +113,11 @@ def _llama3(scaling: Fields, theta: float, original: int) -> RopeConfig:
     )
 
 
-def _yarn(scaling: Fields, theta: float, original: int, max_position_embeddings: int) -> RopeConfig:
+def _yarn(scaling: Fields, rope: RopeConfig, original: int, max_position_embeddings: int) -> RopeConfig:
     # An explicit null asks for the ratio of the contexts (DeepSeek-V3's spelling).
     derived = "factor" in scaling.raw and scaling.raw["factor"] is None
-    return RopeConfig(
-        theta=theta,
+    return replace(
+        rope,
         kind="yarn",
         factor=max_position_embeddings / original if derived else scaling.number("factor"),
         original_length=original,

@@ -24,7 +24,7 @@ from moejax.inference.sampling import (
 )
 from moejax.language_model import LanguageModel
 from moejax.model import Decoder, Lie, lay
-from moejax.nn.cache import LayerCache
+from moejax.nn.cache import Cache
 from moejax.sharding import place, round_up
 
 BUCKET = 16
@@ -53,7 +53,7 @@ class Step:
 
     tokens: Int[Array, " B"]
     positions: Int[Array, " B"]
-    caches: tuple[LayerCache, ...]
+    caches: tuple[Cache, ...]
     seen: Bool[Array, "B V"] | None
 
 
@@ -166,7 +166,7 @@ def _decode(
 def _draw(
     logits: jax.Array,
     positions: jax.Array,
-    caches: tuple[LayerCache, ...],
+    caches: tuple[Cache, ...],
     seen: jax.Array | None,
     requests: jax.Array,
     seed: jax.Array,

@@ -1,6 +1,5 @@
 """`moe`: the mixture-of-experts block as a pure function on the caller's mesh. The one shard_map lives here."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 from moejax.config import Activation
 from moejax.errors import MoejaxError
 from moejax.moe.auto import Choice, choose
-from moejax.moe.params import ExpertParams, expert_specs, fill_up
+from moejax.moe.params import PARAM_NAMES, ExpertParams, expert_specs, fill_up
 from moejax.moe.placement import Placement
 from moejax.moe.router import NOWHERE, Routing
 from moejax.moe.strategies.all_reduce import all_reduce
@@ -21,7 +20,6 @@ from moejax.moe.strategies.local import Accounting, Local
 from moejax.sharding import AnyMesh, axis_size, live_axes, live_spec, pad_axis, place, restore, round_up
 
 StrategyFunction: TypeAlias = Callable[[jax.Array, Routing, ExpertParams, Local], tuple[jax.Array, Accounting]]
-PARAM_NAMES = tuple(field.name for field in dataclasses.fields(ExpertParams))
 RUN: dict[str, StrategyFunction] = {"all_to_all": all_to_all, "all_reduce": all_reduce}
 
 
@@ -36,6 +34,7 @@ def moe(
     mesh: AnyMesh | None = None,
     strategy: Literal["auto", "all_to_all", "all_reduce"] = "auto",
     activation: Activation = "silu",
+    scales_input: bool = False,
     capacity_factor: float | None = None,
     chunks: int = 1,
     num_experts: int | None = None,
@@ -58,6 +57,8 @@ def moe(
       mesh: the mesh; None takes the one of `jax.set_mesh`, and without one the block runs on one device.
       strategy: "all_to_all" (tokens cut over ep), "all_reduce" (tokens replicated over ep), or "auto": all_to_all where
         the leading axis can be cut.
+      activation: what experts make of gate and up.
+      scales_input: a routing weight multiplies its expert's input instead of its output (Llama 4).
       capacity_factor: None is exact. A number is GShard's: each sender has `ceil(capacity_factor T K / E)` rows for an
         expert and drops later tokens' pairs, which `Accounting.dropped` counts. Only for all_to_all.
       chunks: all_to_all in this many slices of the local experts, so that a transfer can hide behind another slice's
@@ -86,6 +87,7 @@ def moe(
         activation=activation,
         capacity_factor=capacity_factor,
         chunks=chunks,
+        scales_input=scales_input,
     )
     _check_options(choice, params, local)
     if routing.experts.ndim < x.ndim:

@@ -6,36 +6,52 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import Activation
 from moejax.kernels.grouped_matmul import grouped_matmul
-from moejax.moe.params import activate
+from moejax.moe.activations import activate
+from moejax.moe.params import ExpertParams
 from moejax.precision import precision_of
 
 
 def grouped_mlp(
-    rows: Float[Array, "M D"],
-    gate_up: Float[Array, "E D 2 F"],
-    down: Float[Array, "E F D"],
-    group_sizes: Int[Array, " E"],
-    activation: Activation,
+    rows: Float[Array, "M D"], params: ExpertParams, group_sizes: Int[Array, " E"], activation: Activation
 ) -> Float[Array, "M D"]:
-    """`down_e(activation(gate_e x) * up_e x)` for rows sorted by expert; zeros past the last group.
+    """`down_e activation(gate_e x, up_e x)`, with biases where there are, for rows sorted by expert; zeros past the
+    last group.
 
-    With F cut over the tensor axis the result is this device's partial sum.
+    With F cut over the tensor axis the result is this device's partial sum, into which the whole of `down_bias` goes.
     """
-    experts, width, _, hidden = gate_up.shape
-    both = grouped_matmul(rows, gate_up.reshape(experts, width, 2 * hidden), group_sizes)
-    inner = activate(both[:, :hidden], activation) * both[:, hidden:]
-    return grouped_matmul(inner, down, group_sizes)
+    experts, width, _, hidden = params.gate_up.shape
+    both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes)
+    if params.gate_up_bias is not None:
+        both = both + _of_each_row(params.gate_up_bias.reshape(experts, 2 * hidden), group_sizes, rows.shape[0])
+    inner = activate(both[:, :hidden], both[:, hidden:], activation)
+    outputs = grouped_matmul(inner, params.down, group_sizes)
+    if params.down_bias is not None:
+        outputs = outputs + _of_each_row(params.down_bias, group_sizes, rows.shape[0])
+    return outputs
+
+
+def _of_each_row(values: Float[Array, "E n"], group_sizes: Int[Array, " E"], rows: int) -> Float[Array, "M n"]:
+    """The entry of each row's expert; zeros past the last group."""
+    sizes = jnp.append(group_sizes, rows - group_sizes.sum())  # the rest is a last group, of no expert
+    expert = jnp.repeat(jnp.arange(sizes.size, dtype=jnp.int32), sizes, total_repeat_length=rows)
+    return values.at[expert].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def gated_mlp(
-    x: Float[Array, "*T D"], gate_up: Float[Array, "D 2 F"], down: Float[Array, "F D"], activation: Activation
+    x: Float[Array, "*T D"],
+    gate_up: Float[Array, "D 2 F"],
+    down: Float[Array, "F D"],
+    activation: Activation,
+    gate_up_bias: Float[Array, "2 F"] | None = None,
+    down_bias: Float[Array, " D"] | None = None,
 ) -> Float[Array, "*T D"]:
-    """One gated MLP over all rows: a dense layer, or a shared expert without its gate."""
+    """One gated MLP over all rows: a dense layer, a shared expert without its gate, or one expert of the oracle."""
     precision = precision_of(x.dtype)
     both = jnp.einsum("...d,dcf->...cf", x, gate_up, precision=precision)
-    return jnp.einsum(
-        "...f,fd->...d", activate(both[..., 0, :], activation) * both[..., 1, :], down, precision=precision
-    )
+    both = both if gate_up_bias is None else both + gate_up_bias
+    inner = activate(both[..., 0, :], both[..., 1, :], activation)
+    y = jnp.einsum("...f,fd->...d", inner, down, precision=precision)
+    return y if down_bias is None else y + down_bias
 
 
 def shared_expert(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoEConfig
 from moejax.moe.block import current_mesh, moe
-from moejax.moe.params import ExpertParams
+from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.placement import Placement
 from moejax.moe.router import Router, Routing, router_for
 from moejax.moe.strategies.local import Accounting
@@ -50,10 +50,12 @@ class Parallel:
 class MoE(nnx.Module):
     """Router, stacked experts and, where the config has one, a shared expert.
 
-    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` and, for a shared expert,
-    `shared_gate_up [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`. Experts are annotated with `(ep, tp)`: slots
-    over `ep`, hidden width over `tp`, both zero-padded to what the mesh divides. The same `rngs` give the same layer on
-    every mesh.
+    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` and, where the config has them:
+      - of a shared expert `shared_gate_up [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`,
+      - of experts with biases `gate_up_bias [slots, 2, F]`, `down_bias [slots, D]`,
+      - of the router `router_bias [E]`, `expert_scale [E]` and `correction [E]`, which is f32 always.
+    Experts are annotated with `(ep, tp)`: slots over `ep`, hidden width over `tp`, both zero-padded to what the mesh
+    divides. The same `rngs` give the same layer on every mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, moejax
@@ -80,12 +82,13 @@ class MoE(nnx.Module):
         capacity_factor: float | None = None,
         chunks: int = 1,
     ):
-        """Random weights, normal with the standard deviation 1 / sqrt(inputs).
+        """Random weights, normal with the standard deviation 1 / sqrt(inputs); biases are 0 and scales 1.
 
         Args:
           config: sizes, activation, routing and shared expert.
           rngs: the stream `params` is drawn from.
-          router: a callable `logits [..., E] f32 -> Routing`; None is the config's own.
+          router: a callable `logits [..., E] f32 -> Routing`; None is the config's own. It gets `correction` and
+            `expert_scale` as keywords where `config.router` has them.
           dtype: of the parameters and of the computation.
           mesh: None takes the mesh of `jax.set_mesh`, here and at every call; without one all is on one device.
           ep_axis, tp_axis, batch_axes, strategy, capacity_factor, chunks: as `moejax.moe` takes them.
@@ -104,6 +107,9 @@ class MoE(nnx.Module):
             value = jax.random.normal(rngs.params(), full, dtype) * jnp.asarray(inputs**-0.5, dtype)
             return sharded_param(_zero_fill(value, padded), where, *cut)
 
+        def constant(value: float, shape: tuple[int, ...], dtype: DTypeLike, *cut: str | None) -> nnx.Param:
+            return sharded_param(jnp.full(shape, value, dtype), where, *cut)
+
         self.router = param((d, e), (d, e), d, None, None)
         self.gate_up = param((e, d, 2, f), (slots, d, 2, wide), d, ep_axis, None, None, tp_axis)
         self.down = param((e, f, d), (slots, wide, d), f, ep_axis, tp_axis, None)
@@ -111,27 +117,34 @@ class MoE(nnx.Module):
         self.shared_gate_up = param((d, 2, shared), (d, 2, shared_wide), d, None, None, tp_axis) if shared else None
         self.shared_down = param((shared, d), (shared_wide, d), shared, tp_axis, None) if shared else None
         self.shared_gate = param((d,), (d,), d, None) if config.shared_gate else None
+        self.gate_up_bias = constant(0, (slots, 2, wide), dtype, ep_axis, None, tp_axis) if config.bias else None
+        self.down_bias = constant(0, (slots, d), dtype, ep_axis, None) if config.bias else None
+        self.router_bias = constant(0, (e,), dtype, None) if config.router.bias else None
+        self.correction = constant(0, (e,), jnp.float32, None) if config.router.correction else None
+        self.expert_scale = constant(1, (e,), dtype, None) if config.router.expert_scale else None
 
     def __call__(self, x: Float[Array, "*T D"], mask: Bool[Array, "*T"] | None = None) -> Float[Array, "*T D"]:
         """The block's output; tokens where `mask` is false (padding) go to no expert and are counted nowhere."""
         return self.with_details(x, mask)[0]
 
     def with_details(
-        self, x: Float[Array, "*T D"], mask: Bool[Array, "*T"] | None = None, parallel: Parallel | None = None
+        self,
+        x: Float[Array, "*T D"],
+        mask: Bool[Array, "*T"] | None = None,
+        parallel: Parallel | None = None,
+        router_input: Float[Array, "*T D"] | None = None,
     ) -> tuple[Float[Array, "*T D"], MoEDetails]:
-        """The output, and what the router decided; `parallel` replaces the layer's own for this call.
+        """The output, and what the router decided.
 
-        Router logits are f32 whatever the dtype of x.
+        Args:
+          x: what experts read.
+          mask: false for padding.
+          parallel: replaces the layer's own for this call.
+          router_input: what the router reads, of x's dtype; None is x.
         """
         with jax.named_scope("router"):
-            logits = jnp.einsum(
-                "...d,de->...e",
-                x,
-                self.router[...],
-                precision=precision_of(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
-            routing = self.route(logits)
+            logits = self.router_logits(x if router_input is None else router_input)
+            routing = self.route(logits, **self.learned_routing())
             routing = routing if mask is None else routing.only(mask)
         p = parallel or self.parallel
         y, accounting = moe(
@@ -144,16 +157,29 @@ class MoE(nnx.Module):
             mesh=self.mesh,
             strategy=p.strategy,
             activation=self.config.activation,
+            scales_input=self.config.scales_input,
             capacity_factor=p.capacity_factor,
             chunks=p.chunks,
             num_experts=self.config.num_experts,
         )
         return y, MoEDetails(logits, routing, accounting)
 
+    def router_logits(self, x: Float[Array, "*T D"]) -> Float[Array, "*T E"]:
+        """The logits, bias included, f32 whatever the dtype of x."""
+        logits = jnp.einsum(
+            "...d,de->...e", x, self.router[...], precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+        )
+        return logits if self.router_bias is None else logits + self.router_bias[...].astype(jnp.float32)
+
+    def learned_routing(self) -> dict[str, Float[Array, " E"]]:
+        """The keywords that the layer's router takes."""
+        learned = {"correction": self.correction, "expert_scale": self.expert_scale}
+        return {name: p[...] for name, p in learned.items() if p is not None}
+
     def expert_params(self) -> ExpertParams:
         """The weights as the pure functions take them."""
-        shared = (self.shared_gate_up, self.shared_down, self.shared_gate)
-        return ExpertParams(self.gate_up[...], self.down[...], *(None if p is None else p[...] for p in shared))
+        params = {name: getattr(self, name) for name in PARAM_NAMES}
+        return ExpertParams(**{name: None if p is None else p[...] for name, p in params.items()})  # type: ignore[arg-type]
 
 
 def sharded_param(value: jax.Array, mesh: AnyMesh | None, *cut: str | None) -> nnx.Param:

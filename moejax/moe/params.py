@@ -1,11 +1,11 @@
 """The weights of one mixture-of-experts block, and how they lie on a mesh."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from moejax.config import Activation
 from moejax.sharding import AnyMesh, live_spec, pad_axis, round_up
 
 
@@ -19,6 +19,7 @@ class ExpertParams:
       down: the projection back.
       shared_gate_up, shared_down: the same for the shared expert, or None.
       shared_gate: its sigmoid gate's projection, or None for a shared expert without a gate.
+      gate_up_bias, down_bias: of the experts' projections, or None. The shared expert has none.
     """
 
     gate_up: Float[Array, "E D 2 F"]
@@ -26,6 +27,11 @@ class ExpertParams:
     shared_gate_up: Float[Array, "D 2 Fs"] | None = None
     shared_down: Float[Array, "Fs D"] | None = None
     shared_gate: Float[Array, " D"] | None = None
+    gate_up_bias: Float[Array, "E 2 F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
+
+
+PARAM_NAMES = tuple(field.name for field in dataclasses.fields(ExpertParams))
 
 
 def expert_specs(mesh: AnyMesh, params: ExpertParams, ep: str | None, tp: str | None) -> ExpertParams:
@@ -36,6 +42,8 @@ def expert_specs(mesh: AnyMesh, params: ExpertParams, ep: str | None, tp: str | 
         "shared_gate_up": (None, None, tp),
         "shared_down": (tp, None),
         "shared_gate": (None,),
+        "gate_up_bias": (ep, None, tp),
+        "down_bias": (ep, None),
     }
     present = {name: live_spec(mesh, *cut) for name, cut in cuts.items() if getattr(params, name) is not None}
     return params.replace(**present)  # type: ignore[attr-defined]
@@ -55,19 +63,6 @@ def fill_up(params: ExpertParams, ep_size: int, tp_size: int) -> ExpertParams:
         down=up(up(params.down, 0, ep_size), 1, tp_size),
         shared_gate_up=up(params.shared_gate_up, 2, tp_size),
         shared_down=up(params.shared_down, 0, tp_size),
+        gate_up_bias=up(up(params.gate_up_bias, 0, ep_size), 2, tp_size),
+        down_bias=up(params.down_bias, 0, ep_size),
     )
-
-
-def activate(gate: jax.Array, activation: Activation) -> jax.Array:
-    """The gate's nonlinearity, computed in f32 and returned in the gate's dtype."""
-    wide = gate.astype(jnp.float32)
-    match activation:
-        case "silu":
-            out = jax.nn.silu(wide)
-        case "gelu":
-            out = jax.nn.gelu(wide, approximate=False)
-        case "gelu_tanh":
-            out = jax.nn.gelu(wide, approximate=True)
-        case "relu":
-            out = jax.nn.relu(wide)
-    return out.astype(gate.dtype)

@@ -13,41 +13,60 @@ QUERY_BLOCK = 512
 
 
 def attend(
-    q: Float[Array, "B S N H"], k: Float[Array, "B G T H"], v: Float[Array, "B G T H"], visible: Bool[Array, "B S T"]
-) -> Float[Array, "B S N H"]:
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B G T H"],
+    v: Float[Array, "B G T Hv"],
+    visible: Bool[Array, "B S T"],
+    *,
+    scale: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B S N Hv"]:
     """Softmax attention of N query heads over G key/value heads, consecutive N / G heads sharing one.
 
     Scores and softmax are f32, probabilities are rounded to v's dtype, as transformers' eager attention does. A query
-    that sees nothing (padding) gets the mean of all values: finite, and never used.
+    that sees nothing (padding) gets a finite result that is never used.
+
+    Args:
+      q, k, v: values may have a width of their own.
+      visible: which keys each query sees.
+      scale: of the scores; None is 1 / sqrt(H).
+      sinks: a score for each head that takes part in the softmax and brings no value.
     """
     batch, length, heads, width = q.shape
     groups = k.shape[1]
     precision = precision_of(q.dtype)
     q = q.reshape(batch, length, groups, heads // groups, width)
     scores = jnp.einsum("bsgih,bgth->bgist", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * width**-0.5, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgist,bgth->bsgih", probabilities, v, precision=precision).reshape(batch, length, heads, width)
+    scores = scores * (width**-0.5 if scale is None else scale)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = _softmax(scores, sinks).astype(v.dtype)
+    out = jnp.einsum("bgist,bgth->bsgih", probabilities, v, precision=precision)
+    return out.reshape(batch, length, heads, v.shape[-1])
 
 
 def attend_causal(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B G S H"],
-    v: Float[Array, "B G S H"],
+    v: Float[Array, "B G S Hv"],
     segments: Int[Array, "B S"],
-    window: int | None,
-) -> Float[Array, "B S N H"]:
-    """Attention of a sequence over itself: earlier tokens of the same segment, at most `window` of them with the token
-    itself.
+    window: int | None = None,
+    *,
+    chunk: int | None = None,
+    scale: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B S N Hv"]:
+    """Attention of a sequence over itself: earlier tokens of the same segment, and the token itself.
 
     Args:
       q, k, v: queries, keys and values of the same S tokens.
       segments: 0 is padding; attention stays within a segment.
-      window: tokens seen, the token itself among them; None for all.
+      window: the most tokens seen, the token itself among them; None for all.
+      chunk: tokens see only their own chunk of this many places of the row; None for no chunks.
+      scale, sinks: as `attend` takes them.
     """
     length = q.shape[1]
     if length <= QUERY_BLOCK:
-        return attend(q, k, v, _visible(segments, segments, jnp.int32(0), window))
+        return attend(q, k, v, _visible(segments, segments, jnp.int32(0), window, chunk), scale=scale, sinks=sinks)
     blocks = -(-length // QUERY_BLOCK)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -56,20 +75,35 @@ def attend_causal(
 
     def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         first, q_block, segments_block = block
-        return attend(q_block, k, v, _visible(segments_block, segments, first, window))
+        visible = _visible(segments_block, segments, first, window, chunk)
+        return attend(q_block, k, v, visible, scale=scale, sinks=sinks)
 
     out = lax.map(one, (jnp.arange(blocks, dtype=jnp.int32) * QUERY_BLOCK, cut(q), cut(segments)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
+
+
+def _softmax(scores: Float[Array, "B G I S T"], sinks: Float[Array, " N"] | None) -> Float[Array, "B G I S T"]:
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = sinks.astype(jnp.float32).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
+    largest = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sink))
+    powers = jnp.exp(scores - largest)
+    return powers / (powers.sum(-1, keepdims=True) + jnp.exp(sink - largest))
 
 
 def _visible(
-    q_segments: Int[Array, "B Q"], k_segments: Int[Array, "B S"], first: Int[Array, ""], window: int | None
+    q_segments: Int[Array, "B Q"],
+    k_segments: Int[Array, "B S"],
+    first: Int[Array, ""],
+    window: int | None,
+    chunk: int | None,
 ) -> Bool[Array, "B Q S"]:
     """Which keys each query sees, where query i is token `first + i`."""
-    behind = (
-        first
-        + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
-        - jnp.arange(k_segments.shape[1], dtype=jnp.int32)
-    )
-    near = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    queries = first + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
+    keys = jnp.arange(k_segments.shape[1], dtype=jnp.int32)
+    near = keys <= queries
+    if window is not None:
+        near &= queries - keys < window
+    if chunk is not None:
+        near &= queries // chunk == keys // chunk
     return (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0) & near

@@ -6,7 +6,7 @@ of those. One sum over the devices at the end puts the output together. The head
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moejax.config import AttentionConfig
+from moejax.config import AttentionConfig, NormConfig
 from moejax.moe.layer import sharded_param
 from moejax.nn.attend import attend, attend_causal
 from moejax.nn.cache import LayerCache, appended, cache_size, filled, valid_places
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
-from moejax.nn.norm import rms_norm, scaled
+from moejax.nn.norm import neutral, normalise, scaled, unit_norm
+from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
@@ -30,114 +31,101 @@ from moejax.sharding import AnyMesh, axis_size, psum
 Params: TypeAlias = dict[str, jax.Array]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LayerCache | None]]
 
-CUTS: dict[str, tuple[str | None, ...]] = {
-    "q": (None, "tp", None),
-    "k": (None, "tp", None),
-    "v": (None, "tp", None),
-    "o": ("tp", None, None),
-    "q_bias": ("tp", None),
-    "k_bias": ("tp", None),
-    "v_bias": ("tp", None),
-    "o_bias": (None,),
-}
+# The axis of each parameter that its heads, query or key/value, are on; that axis is cut over tp.
+QUERY_HEADS = {"q": 1, "gate": 1, "o": 0, "q_bias": 0, "gate_bias": 0, "sinks": 0}
+KV_HEADS = {"k": 1, "v": 1, "k_bias": 0, "v_bias": 0}
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embeddings; parameters `q k v [D, heads, H]`, `o [heads, H, D]`, biases and
-    norms.
+    """Grouped-query attention; parameters `q k v [D, heads, H]`, `o [heads, H, D]` and those that the config asks for.
 
     Query heads are zero-padded to a multiple of tp and key/value heads repeated where tp devices share one; see
     `head_layout`.
     """
 
     def __init__(
-        self,
-        config: AttentionConfig,
-        width: int,
-        norm_eps: float,
-        window: int | None,
-        *,
-        mesh: AnyMesh,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike,
+        self, config: AttentionConfig, width: int, norm: NormConfig, *, mesh: AnyMesh, rngs: nnx.Rngs, dtype: DTypeLike
     ):
-        """Random weights; `window` is the sliding window in tokens, None for full attention."""
-        self.config, self.norm_eps, self.window = config, norm_eps, window
+        """Random weights, neutral norms, zero biases and sinks."""
+        self.config, self.norm = config, norm
         self.layout = head_layout(config.num_heads, config.num_kv_heads, axis_size(mesh, "tp"))
-        heads, kv_heads, h = self.layout.num_heads, self.layout.num_kv_heads, config.head_dim
+        for name, (shape, inputs) in self._shapes(width).items():
+            if "norm" in name:
+                value = neutral(norm, shape, dtype)
+            elif inputs:
+                value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
+            else:
+                value = jnp.zeros(shape, dtype)
+            setattr(self, name, sharded_param(value, mesh, *self._cut(name, value.ndim)))
 
-        def param(name: str, shape: tuple[int, ...], inputs: int = 0) -> None:
-            value = (
-                jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
-                if inputs
-                else jnp.zeros(shape, dtype)
-            )
-            setattr(self, name, sharded_param(value, mesh, *CUTS[name]))
-
-        param("q", (width, heads, h), width)
-        param("k", (width, kv_heads, h), width)
-        param("v", (width, kv_heads, h), width)
-        param("o", (heads, h, width), heads * h)
+    def _shapes(self, width: int) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and inputs (0 for what is no matrix) of each parameter."""
+        config, heads, kv_heads = self.config, self.layout.num_heads, self.layout.num_kv_heads
+        h = config.head_dim
+        shapes: dict[str, tuple[tuple[int, ...], int]] = {
+            "q": ((width, heads, h), width),
+            "k": ((width, kv_heads, h), width),
+            "o": ((heads, h, width), heads * h),
+        }
+        if not config.keys_are_values:
+            shapes["v"] = ((width, kv_heads, h), width)
+        if config.gate:
+            shapes["gate"] = ((width, heads, h), width)
         if config.qkv_bias:
-            param("q_bias", (heads, h))
-            param("k_bias", (kv_heads, h))
-            param("v_bias", (kv_heads, h))
+            shapes |= {f"{name}_bias": (shape[1:], 0) for name, (shape, _) in shapes.items() if name != "o"}
         if config.out_bias:
-            param("o_bias", (width,))
-        if config.qk_norm != "none":
+            shapes["o_bias"] = ((width,), 0)
+        if config.sinks:
+            shapes["sinks"] = ((heads,), 0)
+        if config.qk_norm in ("head", "full"):
             full = config.qk_norm == "full"
-            for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
-                ones = jnp.ones((count, h) if full else (h,), dtype)
-                setattr(self, name, sharded_param(ones, mesh, *(("tp", None) if full else (None,))))
+            shapes["q_norm"] = ((heads, h) if full else (h,), 0)
+            shapes["k_norm"] = ((kv_heads, h) if full else (h,), 0)
+        return shapes
 
     def __call__(
-        self, x: Float[Array, "B S D"], rope: tuple[jax.Array, jax.Array], segments: Int[Array, "B S"], stream: Stream
+        self, x: Float[Array, "B S D"], places: Places, segments: Int[Array, "B S"], stream: Stream
     ) -> Float[Array, "B S D"]:
-        """Attention of whole sequences over themselves; `rope` is (cosine, sine) `[B, S, H/2]`; segment 0 pads."""
+        """Attention of whole sequences over themselves; segment 0 pads."""
 
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, None]:
-            return attend_causal(q, _heads_first(k), _heads_first(v), segments, self.window), None
+        def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array):
+            return self._over_itself(params, q, _heads_first(k), _heads_first(v), segments), None
 
-        return self._on_shards(mix, x, rope, (segments,), stream)[0]
+        return self._on_shards(mix, x, places, (segments,), stream)[0]
 
     def prefill(
-        self,
-        x: Float[Array, "B S D"],
-        rope: tuple[jax.Array, jax.Array],
-        lengths: Int[Array, " B"],
-        max_len: int,
-        stream: Stream,
+        self, x: Float[Array, "B S D"], places: Places, lengths: Int[Array, " B"], max_len: int, stream: Stream
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         """The same for right-padded prompts of `lengths` tokens, with a cache that has room for `max_len` tokens."""
+        size = cache_size(self.config.window or self.config.chunk, max_len)
 
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+        def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array):
             k, v = _heads_first(k), _heads_first(v)
             segments = (jnp.arange(q.shape[1], dtype=jnp.int32) < lengths[:, None]).astype(jnp.int32)
-            return attend_causal(q, k, v, segments, self.window), filled(
-                k, v, lengths, cache_size(self.window, max_len)
-            )
+            return self._over_itself(params, q, k, v, segments), filled(k, v, lengths, size)
 
-        y, cache = self._on_shards(mix, x, rope, (lengths,), stream, returns_cache=True)
+        y, cache = self._on_shards(mix, x, places, (lengths,), stream, returns_cache=True)
         assert cache is not None
         return y, cache
 
     def decode(
         self,
         x: Float[Array, "B 1 D"],
-        rope: tuple[jax.Array, jax.Array],
+        places: Places,
         positions: Int[Array, " B"],
         cache: LayerCache,
         stream: Stream,
     ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
         """One more token a row, at `positions`, over the cache of those before."""
+        config = self.config
 
-        def mix(
-            q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: LayerCache
-        ) -> tuple[jax.Array, LayerCache]:
+        def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: LayerCache):
             cache = appended(cache, _heads_first(k), _heads_first(v), positions)
-            return attend(q, cache.k, cache.v, valid_places(cache, positions)), cache
+            visible = valid_places(cache, positions, config.chunk)
+            out = attend(q, cache.k, cache.v, visible, scale=config.scale, sinks=params.get("sinks"))
+            return out, cache
 
-        y, new = self._on_shards(mix, x, rope, (positions, cache), stream, returns_cache=True)
+        y, new = self._on_shards(mix, x, places, (positions, cache), stream, returns_cache=True)
         assert new is not None
         return y, new
 
@@ -145,25 +133,30 @@ class Attention(nnx.Module):
         """The heads that each device computes under this stream."""
         return HeadShare.of(self.layout, stream)
 
+    def _over_itself(
+        self, params: Params, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+    ) -> Float[Array, "B S N H"]:
+        config = self.config
+        return attend_causal(
+            q, k, v, segments, config.window, chunk=config.chunk, scale=config.scale, sinks=params.get("sinks")
+        )
+
     def _on_shards(
-        self,
-        mix: Mix,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        extras: tuple,
-        stream: Stream,
-        returns_cache: bool = False,
+        self, mix: Mix, x: jax.Array, places: Places, extras: tuple, stream: Stream, returns_cache: bool = False
     ) -> tuple[jax.Array, LayerCache | None]:
         """Projects, lets `mix` attend over the local heads, projects back and sums over devices with other heads."""
         share = self.share(stream)
         params = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
         bias = params.pop("o_bias", None)
-        specs = {name: stream.spec(*self._cut(name)) for name in params}
+        specs = {name: stream.spec(*self._cut(name, value.ndim)) for name, value in params.items()}
+        where = (*places.table(self.config.rope), places.positions)
 
-        def local(params: Params, x: jax.Array, rope: tuple[jax.Array, jax.Array], *extras: Any):
-            mine = share.take(params)
-            q, k, v = self._project(mine, x, rope, share)
-            out, cache = mix(q, k, v, *extras)
+        def local(params: Params, x: jax.Array, where: tuple[jax.Array, ...], *extras):
+            mine = share.take(params, *self._head_axes())
+            q, k, v = self._project(mine, x, where, share)
+            out, cache = mix(mine, q, k, v, *extras)
+            if self.config.gate:
+                out = out * jax.nn.sigmoid(_projected(x, mine, "gate"))
             y = jnp.einsum("bsnh,nhd->bsd", out, mine["o"], precision=precision_of(x.dtype))
             return psum(y, share.axes), cache
 
@@ -176,30 +169,51 @@ class Attention(nnx.Module):
             out_specs=(rows, cache_spec if returns_cache else None),
             check_vma=True,
         )
-        y, cache = mapped(params, x, rope, *extras)
+        y, cache = mapped(params, x, where, *extras)
         return (y if bias is None else y + bias), cache
 
-    def _cut(self, name: str) -> tuple[str | None, ...]:
-        if name in CUTS:
-            return CUTS[name]
-        return ("tp", None) if self.config.qk_norm == "full" else (None,)
+    def _head_axes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """QUERY_HEADS and KV_HEADS, with the norms where they go over all heads."""
+        full = self.config.qk_norm == "full"
+        return QUERY_HEADS | ({"q_norm": 0} if full else {}), KV_HEADS | ({"k_norm": 0} if full else {})
+
+    def _cut(self, name: str, ndim: int) -> tuple[str | None, ...]:
+        queries, keys = self._head_axes()
+        axis = queries.get(name, keys.get(name))
+        return tuple("tp" if i == axis else None for i in range(ndim))
 
     def _project(
-        self, params: Params, x: jax.Array, rope: tuple[jax.Array, jax.Array], share: HeadShare
+        self, params: Params, x: jax.Array, where: tuple[jax.Array, ...], share: HeadShare
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values `[B, S, heads, H]` of the local heads: biased, normalised, clipped, turned."""
-        q, k, v = (
-            jnp.einsum("bsd,dnh->bsnh", x, params[name], precision=precision_of(x.dtype)) for name in ("q", "k", "v")
-        )
-        if self.config.qkv_bias:
-            q, k, v = q + params["q_bias"], k + params["k_bias"], v + params["v_bias"]
-        if self.config.qk_norm == "head":
-            q, k = rms_norm(q, params["q_norm"], self.norm_eps), rms_norm(k, params["k_norm"], self.norm_eps)
-        elif self.config.qk_norm == "full":
-            q, k = self._norm_full(q, k, params, share)
-        if (limit := self.config.clip_qkv) is not None:
+        config = self.config
+        *table, positions = where
+        q, k = _projected(x, params, "q"), _projected(x, params, "k")
+        v = k if config.keys_are_values else _projected(x, params, "v")
+        if config.value_norm:
+            v = unit_norm(v, self.norm.eps)
+        interleaved = config.rope is not None and config.rope.interleaved
+        if config.norm_after_rope:
+            q, k = (apply_rope(a, *table, interleaved) for a in (q, k))
+        q, k = self._normed(q, k, params, share)
+        if (limit := config.clip_qkv) is not None:
             q, k, v = (jnp.clip(a, -limit, limit) for a in (q, k, v))
-        return apply_rope(q, *rope), apply_rope(k, *rope), v
+        if not config.norm_after_rope:
+            q, k = (apply_rope(a, *table, interleaved) for a in (q, k))
+        if config.temperature is not None:
+            q = _tempered(q, positions, *config.temperature)
+        return q, k, v
+
+    def _normed(self, q: jax.Array, k: jax.Array, params: Params, share: HeadShare) -> tuple[jax.Array, jax.Array]:
+        match self.config.qk_norm:
+            case "none":
+                return q, k
+            case "unit":
+                return unit_norm(q, self.norm.eps), unit_norm(k, self.norm.eps)
+            case "head":
+                return normalise(q, self.norm, params["q_norm"]), normalise(k, self.norm, params["k_norm"])
+            case "full":
+                return self._norm_full(q, k, params, share)
 
     def _norm_full(self, q: jax.Array, k: jax.Array, params: Params, share: HeadShare) -> tuple[jax.Array, jax.Array]:
         """Norm over all heads together: the sums of squares travel in one collective, each head counted once."""
@@ -210,8 +224,25 @@ class Attention(nnx.Module):
         h = self.config.head_dim
         mean_q = squares[..., 0] / (self.config.num_heads * h)
         mean_k = squares[..., 1] / (self.config.num_kv_heads * h)
-        q = scaled(q, mean_q[..., None, None], params["q_norm"], self.norm_eps)
-        return q, scaled(k, mean_k[..., None, None], params["k_norm"], self.norm_eps)
+        q = scaled(q, mean_q[..., None, None], self.norm, params["q_norm"])
+        return q, scaled(k, mean_k[..., None, None], self.norm, params["k_norm"])
+
+
+def _projected(x: Float[Array, "B S D"], params: Params, name: str) -> Float[Array, "B S N H"]:
+    y = jnp.einsum("bsd,dnh->bsnh", x, params[name], precision=precision_of(x.dtype))
+    return y + params[f"{name}_bias"] if f"{name}_bias" in params else y
+
+
+def _tempered(
+    q: Float[Array, "B S N H"], positions: Int[Array, "B S"], floor: float, scale: float
+) -> Float[Array, "B S N H"]:
+    """Queries grown with the position, so that attention stays sharp over long contexts.
+
+    Source: Nakanishi 2025, "Scalable-Softmax Is Superior for Attention", as Llama 4 uses it.
+    """
+    steps = jnp.floor((positions.astype(jnp.float32) + 1) / floor)
+    growth = jnp.log1p(steps) * scale + 1
+    return (q.astype(jnp.float32) * growth[..., None, None]).astype(q.dtype)
 
 
 def _heads_first(x: Float[Array, "B S G H"]) -> Float[Array, "B G S H"]:

@@ -1,17 +1,22 @@
-"""The key/value cache of one layer.
+"""The key/value cache of one layer of grouped-query attention.
 
 A layer keeps `size` places a row; the token at position p is in place p modulo size. A full-attention layer has a place
-for every position, a sliding-window layer only as many as its window: old tokens are overwritten just when they fall
-out of sight. Either way places 0 .. position are the valid ones, all of them once the ring is full.
+for every position; a layer with a window, or with chunks, only as many as that: old tokens are overwritten just when
+they fall out of sight.
 """
+
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moejax.sharding import pad_axis
+
+Cache: TypeAlias = PyTree
+"""What any kind of layer keeps of the tokens so far; its mixer makes it and alone knows its form."""
 
 
 @struct.dataclass
@@ -27,7 +32,7 @@ class LayerCache:
 
 
 def cache_size(window: int | None, max_len: int) -> int:
-    """Places that a layer keeps for sequences of at most `max_len` tokens."""
+    """Places that a layer keeps for sequences of at most `max_len` tokens; `window` is its window or its chunk."""
     return max_len if window is None else min(window, max_len)
 
 
@@ -46,10 +51,18 @@ def appended(
 ) -> LayerCache:
     """The cache with one more token a row, at that row's position."""
     place = positions % cache.k.shape[2]
-    put = jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 1))
-    return LayerCache(k=put(cache.k, k, place), v=put(cache.v, v, place))
+    return LayerCache(k=put_rows(cache.k, k, place), v=put_rows(cache.v, v, place))
 
 
-def valid_places(cache: LayerCache, positions: Int[Array, " B"]) -> Bool[Array, "B 1 C"]:
-    """Which places hold a token that the one at `positions`, just appended, sees."""
-    return (jnp.arange(cache.k.shape[2], dtype=jnp.int32) <= positions[:, None])[:, None, :]
+def put_rows(places: jax.Array, new: jax.Array, at: Int[Array, " B"]) -> jax.Array:
+    """`places [B, G, C, H]` with `new [B, G, 1, H]` at each row's own place."""
+    return jax.vmap(lambda row, value, i: lax.dynamic_update_slice_in_dim(row, value, i, 1))(places, new, at)
+
+
+def valid_places(cache: LayerCache, positions: Int[Array, " B"], chunk: int | None = None) -> Bool[Array, "B 1 C"]:
+    """Which places hold a token that the one at `positions`, just appended, sees.
+
+    Those filled so far, all of them once the ring is full. With chunks, which start at place 0, those of the newest.
+    """
+    newest = positions if chunk is None else positions % chunk
+    return (jnp.arange(cache.k.shape[2], dtype=jnp.int32) <= newest[:, None])[:, None, :]

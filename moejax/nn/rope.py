@@ -117,9 +117,7 @@ def _periods(theta: float, dim: int) -> Float[np.ndarray, "H2"]:
     return (float(np.float32(theta)) ** _exponents(dim).astype(np.float64)).astype(np.float32)
 
 
-def _dynamic(
-    rope: RopeConfig, max_position_embeddings: int, lengths_B: Int[Array, "B"]
-) -> Float[Array, "B H2"]:
+def _dynamic(rope: RopeConfig, max_position_embeddings: int, lengths_B: Int[Array, "B"]) -> Float[Array, "B H2"]:
     """1 / (theta * growth^(H/(H-2)))^(2i/H), written so that float32 only raises the growth to a power."""
     plain = _powers(rope.theta, rope.dim)
     exponents = (_exponents(rope.dim).astype(np.float64) * -rope.dim / (rope.dim - 2)).astype(np.float32)

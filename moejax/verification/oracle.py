@@ -5,31 +5,34 @@ one layer, so a model larger than one device can be verified too.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from moejax.checkpoint.huggingface import check, load_parameters, settle_tied_head
-from moejax.checkpoint.safetensors import CheckpointFiles
-from moejax.checkpoint.source import read_json
-from moejax.config import ModelConfig
-from moejax.families import family_of, read_config
+from moejax.checkpoint.huggingface import load_parameters
+from moejax.config import AttentionConfig, LayerConfig, ModelConfig
 from moejax.language_model import role_of
-from moejax.loading import abstract_decoder, checkpoint_plan, dtype_of
+from moejax.loading import abstract_decoder, dtype_of
+from moejax.model import finished_logits
 from moejax.moe.experts import gated_mlp
 from moejax.moe.params import ExpertParams
 from moejax.moe.reference import dense_moe
 from moejax.moe.router import Routing, router_for
-from moejax.nn.attend import attend_causal
-from moejax.nn.norm import rms_norm
-from moejax.nn.rope import apply_rope, rope_tables
+from moejax.nn.norm import normalise
+from moejax.nn.places import Places
+from moejax.opening import Checkpoint
 from moejax.precision import precision_of
+from moejax.verification.attention import attention_reference
+
+REFERENCES: dict[type, Callable[..., jax.Array]] = {AttentionConfig: attention_reference}
+"""For each kind of mixer: (params, config, norm, x, places, segments) -> y."""
 
 Params = dict[str, jax.Array]
 
@@ -56,13 +59,10 @@ class Oracle:
 
     def __init__(self, folder: Path, dtype: str):
         """Checks the checkpoint; reads no weights yet."""
-        config = read_config(read_json(folder, "config.json"))
         mesh = Mesh(np.array([[jax.local_devices()[0]]]), ("ep", "tp"))
-        family = family_of(config.model_type)
-        self.folder = folder
-        self.config, self._files = settle_tied_head(config, family.names, CheckpointFiles.open(folder))
-        self._plan = checkpoint_plan(self.config, mesh)
-        check(self._plan, self._files, family.ignored_tensors)
+        checkpoint = Checkpoint.open(folder)
+        self.folder, self.config, self._files = folder, checkpoint.config, checkpoint.files
+        self._plan = checkpoint.plan(mesh)
         self.dtype = dtype_of(dtype, self.config)
         _, abstract = abstract_decoder(self.config, mesh, self.dtype)
         self._abstract = {role_of(path): leaf for path, leaf in abstract.items()}
@@ -72,22 +72,23 @@ class Oracle:
         config = self.config
         segments = jnp.asarray((np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        head_dim, longest = config.attention.head_dim, config.max_position_embeddings
-        rope = rope_tables(config.rope, head_dim, longest, positions, jnp.asarray(lengths, jnp.int32))
-        ends = self._read("embed", "norm", *(() if config.tie_word_embeddings else ("lm_head",)))
+        ends = self._read("embed", "norm.", "lm_head")
         x, states, scores, experts = ends["embed"][jnp.asarray(tokens)], [], [], []
-        for index, params in enumerate(self.layers()):
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        for layer, params in zip(config.layers, self.layers(), strict=True):
             states.append(np.asarray(x, np.float32))
-            static = (config, config.windows[index], config.sparse[index])
-            x, routing, probabilities = _layer(*static, params, x, rope, segments)
+            x, routing, selection = _layer(
+                config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments
+            )
             if routing is not None:
                 experts.append(np.asarray(routing.experts))
-                scores.append(np.asarray(probabilities))
-        x = rms_norm(x, ends["norm"], config.norm_eps)
+                scores.append(np.asarray(selection))
+        x = _norm(config, ends, "norm", x)
         states.append(np.asarray(x, np.float32))
         head = ends["embed" if config.tie_word_embeddings else "lm_head"]
         logits = jnp.einsum("bsd,vd->bsv", x, head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
-        return Reference(np.asarray(logits), states, scores, experts)
+        return Reference(np.asarray(finished_logits(logits, ends.get("lm_head_bias"), config)), states, scores, experts)
 
     def layers(self) -> Iterator[Params]:
         """Each layer's parameters in turn, their names without "layers.N."."""
@@ -110,54 +111,44 @@ def expert_params(params: Params, prefix: str = "moe.") -> ExpertParams:
     return ExpertParams(**{name: params.get(prefix + name) for name in names})  # type: ignore[arg-type]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer(
     config: ModelConfig,
-    window: int | None,
-    sparse: bool,
+    layer: LayerConfig,
     params: Params,
-    x: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    segments: jax.Array,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    segments: Int[Array, "B S"],
 ) -> tuple[jax.Array, Routing | None, jax.Array | None]:
-    x = x + _attention(config, window, params, rms_norm(x, params["attention_norm"], config.norm_eps), rope, segments)
-    hidden = rms_norm(x, params["mlp_norm"], config.norm_eps)
-    activation = config.moe.activation
-    if not sparse:
-        return x + gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], activation), None, None
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + y if config.residual_scale == 1 else x + y * jnp.asarray(config.residual_scale, y.dtype)
+
+    places = Places.of(config, positions, lengths)
+    own = {name.removeprefix("attention."): a for name, a in params.items() if name.startswith("attention.")}
+    hidden = _norm(config, params, "attention_norm", x)
+    x = add(x, REFERENCES[type(layer.mixer)](own, layer.mixer, config.norm, hidden, places, segments))
+    hidden = _norm(config, params, "mlp_norm", x)
+    if layer.moe is None:
+        y = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
+        return add(x, y), None, None
+    y, routing, selection = _moe(layer.moe, params, hidden)
+    return add(x, y), routing, selection
+
+
+def _moe(config: Any, params: Params, hidden: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
     logits = jnp.einsum(
         "bsd,de->bse",
         hidden,
         params["moe.router"],
-        precision=precision_of(x.dtype),
+        precision=precision_of(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
-    routing = router_for(config.moe)(logits)
+    routing = router_for(config)(logits)
     flat = Routing(*(a.reshape(-1, a.shape[-1]) for a in (routing.weights, routing.experts)))
-    y = dense_moe(hidden.reshape(-1, hidden.shape[-1]), expert_params(params), flat, activation)
-    return x + y.reshape(x.shape), routing, jax.nn.softmax(logits, -1)
+    y = dense_moe(hidden.reshape(-1, hidden.shape[-1]), expert_params(params), flat, config.activation)
+    return y.reshape(hidden.shape), routing, jax.nn.softmax(logits, -1)
 
 
-def _attention(
-    config: ModelConfig,
-    window: int | None,
-    params: Params,
-    x: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    segments: jax.Array,
-) -> jax.Array:
-    attention = config.attention
-    heads = {}
-    for name in ("q", "k", "v"):
-        y = jnp.einsum("bsd,dnh->bsnh", x, params[f"attention.{name}"], precision=precision_of(x.dtype))
-        heads[name] = y + params[f"attention.{name}_bias"] if attention.qkv_bias else y
-    for name in ("q", "k") if attention.qk_norm != "none" else ():
-        y, weight = heads[name], params[f"attention.{name}_norm"]
-        rows = y.reshape(*y.shape[:2], -1) if attention.qk_norm == "full" else y
-        heads[name] = rms_norm(rows, weight.reshape(rows.shape[-1]), config.norm_eps).reshape(y.shape)
-    if (limit := attention.clip_qkv) is not None:
-        heads = {name: jnp.clip(y, -limit, limit) for name, y in heads.items()}
-    q, k = apply_rope(heads["q"], *rope), apply_rope(heads["k"], *rope)
-    out = attend_causal(q, k.swapaxes(1, 2), heads["v"].swapaxes(1, 2), segments, window)
-    y = jnp.einsum("bsnh,nhd->bsd", out, params["attention.o"], precision=precision_of(x.dtype))
-    return y + params["attention.o_bias"] if attention.out_bias else y
+def _norm(config: ModelConfig, params: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    return normalise(x, config.norm, params[f"{name}.weight"], params.get(f"{name}.bias"))

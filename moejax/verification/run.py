@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, MoEConfig
 from moejax.distributed import replicated_to_host
 from moejax.inference.generate import Timing, generate
 from moejax.language_model import LanguageModel
@@ -63,7 +63,7 @@ class Verifier:
         forward = model(tokens, attention_mask=mask, output_router_logits=True, output_hidden_states=True)
         assert isinstance(forward, Forward)
         observed = _observed(forward, tokens.shape, timing.dropped)
-        sparse = [i for i, is_sparse in enumerate(model.config.sparse) if is_sparse]
+        sparse = list(model.config.sparse)
         return judge(
             ",".join(f"{axis}={size}" for axis, size in model.mesh.shape.items()),
             model.options.strategy,
@@ -85,7 +85,8 @@ class Verifier:
 
     def _expert_error(self, model: LanguageModel, layer: int) -> float:
         """Error of one layer's experts when every expert is made to work, which no prompt can promise."""
-        config = model.config.moe
+        config = model.config.layers[layer].moe
+        assert config is not None
         tokens, k = 2 * config.num_experts, config.num_experts_per_tok
         x = np.random.default_rng(layer).standard_normal((tokens, config.hidden_size))
         x = x.astype(self.oracle.dtype)
@@ -93,8 +94,8 @@ class Verifier:
         routing = Routing(jnp.full((tokens, k), 1 / k, jnp.float32), jnp.asarray(experts, jnp.int32))
         lie = lay(len(self.prompts), model.mesh, model.options)
         params = model.decoder.layers[layer].moe.expert_params()
-        got = replicated_to_host(_experts_on_mesh(lie, model.config, params, x, routing)).astype(np.float32)
-        want = np.asarray(_experts_alone(model.config, self.oracle.experts(layer), x, routing), np.float32)
+        got = replicated_to_host(_experts_on_mesh(lie, config, params, x, routing)).astype(np.float32)
+        want = np.asarray(_experts_alone(config, self.oracle.experts(layer), x, routing), np.float32)
         # Over each token's own norm: rounding averages out over the width, a wrong row of one expert does not.
         sizes = np.maximum(np.linalg.norm(want, axis=-1), np.finfo(np.float32).tiny)
         errors = np.linalg.norm(got - want, axis=-1) / sizes
@@ -134,7 +135,7 @@ def _observed(forward: Forward, shape: tuple[int, ...], dropped: int) -> Observe
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _experts_on_mesh(lie: Lie, config: ModelConfig, params: ExpertParams, x: jax.Array, routing: Routing) -> jax.Array:
+def _experts_on_mesh(lie: Lie, config: MoEConfig, params: ExpertParams, x: jax.Array, routing: Routing) -> jax.Array:
     p = lie.parallel
     return moe(
         x,
@@ -143,13 +144,13 @@ def _experts_on_mesh(lie: Lie, config: ModelConfig, params: ExpertParams, x: jax
         batch_axes=p.batch_axes,
         mesh=lie.stream.mesh,
         strategy=p.strategy,
-        activation=config.moe.activation,
+        activation=config.activation,
         capacity_factor=p.capacity_factor,
         chunks=p.chunks,
-        num_experts=config.moe.num_experts,
+        num_experts=config.num_experts,
     )[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _experts_alone(config: ModelConfig, params: ExpertParams, x: jax.Array, routing: Routing) -> jax.Array:
-    return dense_moe(x, params, routing, config.moe.activation)
+def _experts_alone(config: MoEConfig, params: ExpertParams, x: jax.Array, routing: Routing) -> jax.Array:
+    return dense_moe(x, params, routing, config.activation)

@@ -17,6 +17,7 @@ from moejax.moe.experts import grouped_mlp, shared_expert
 from moejax.moe.params import ExpertParams
 from moejax.moe.router import NOWHERE, Routing
 from moejax.moe.strategies.local import Accounting, Local
+from moejax.moe.strategies.weighing import combine, weigh_inputs
 from moejax.sharding import psum
 
 
@@ -32,15 +33,13 @@ def all_reduce(
             local.placement.slots_per_device,
         )
         position = plan.sorted_position()
-        token = jnp.arange(position.size, dtype=jnp.int32) // routing.experts.shape[1]
-        rows = x[jnp.zeros_like(position).at[position].set(token)]
+        pair = jnp.zeros_like(position).at[position].set(jnp.arange(position.size, dtype=jnp.int32))
+        rows = weigh_inputs(x[lax.div(pair, jnp.int32(routing.experts.shape[1]))], plan.weights, pair, local)
     with jax.named_scope("experts"):
-        outputs = grouped_mlp(rows, params.gate_up, params.down, plan.counts, local.activation)
+        outputs = grouped_mlp(rows, local.routed(params), plan.counts, local.activation)
     with jax.named_scope("combine"):
         pairs = outputs[position].reshape(*routing.experts.shape, -1)
-        y = jnp.einsum("tkd,tk->td", pairs.astype(jnp.float32), plan.weights, precision=lax.Precision.HIGHEST).astype(
-            x.dtype
-        )
+        y = combine(pairs, plan.weights, local)
         if params.shared_gate_up is not None:
             y = y + _shared_part(x, params, local)
         axes = local.ep_axes + local.tp_axes

@@ -1,7 +1,7 @@
 """The repeated exchange of `all_to_all`: rows to their experts and back, as often as the fullest cell needs."""
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,11 @@ from moejax.moe.params import ExpertParams
 from moejax.moe.strategies.cells import Cells, grouped_rows
 from moejax.moe.strategies.local import Local
 from moejax.moe.strategies.shares import gather_share, scatter_share
+from moejax.moe.strategies.weighing import combine, weigh_inputs
 from moejax.sharding import varying
+
+Values: TypeAlias = tuple[jax.Array, jax.Array, ExpertParams]
+"""What gradients flow to: shares of the tokens, routing weights, and the experts of this device."""
 
 
 def exchange(
@@ -40,47 +44,46 @@ def exchange(
     """
     # Marked as varying along all axes before the custom gradient, so that the marks' own transpose sums over them.
     axes = local.ep_axes + local.tp_axes + local.others
-    share, weights, gate_up, down = (varying(a, axes) for a in (share, plan.weights, params.gate_up, params.down))
+    values = jax.tree.map(lambda a: varying(a, axes), (share, plan.weights, local.routed(params)))
     cell, place = cells.places(plan, local.ep_size * local.chunks)
     received = lax.dynamic_index_in_dim(by_slice(counts, local), local.ep_index(), keepdims=False)
     indices = tuple(varying(a, axes) for a in (cell, place, received))
-    if _can_overflow(weights, cells):
-        return _repeated((share, weights, gate_up, down), indices, waves, cells, local)
-    return _wave((share, weights, gate_up, down), indices, jnp.int32(0), cells, local)
+    if _can_overflow(plan.weights, cells):
+        return _repeated(values, indices, waves, cells, local)
+    return _wave(values, indices, jnp.int32(0), cells, local)
 
 
-def _wave(
-    values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], wave: jax.Array, cells: Cells, local: Local
-) -> jax.Array:
+def _wave(values: Values, indices: tuple[jax.Array, ...], wave: jax.Array, cells: Cells, local: Local) -> jax.Array:
     """One exchange there and back, in `chunks` slices of the experts: the part of the sum that this wave carries."""
     parts = [_slice_wave(values, indices, wave, chunk, cells, local) for chunk in range(local.chunks)]
     return functools.reduce(jnp.add, parts)
 
 
 def _slice_wave(
-    values: tuple[jax.Array, ...],
+    values: Values,
     indices: tuple[jax.Array, ...],
     wave: jax.Array,
     chunk: int,
     cells: Cells,
     local: Local,
 ) -> jax.Array:
-    share, weights, gate_up, down = values
+    share, weights, experts = values
     cell, place, received = indices
     slots = local.placement.slots_per_device // local.chunks
-    mine = slice(chunk * slots, (chunk + 1) * slots)
+    mine = jax.tree.map(lambda a: a[chunk * slots : (chunk + 1) * slots], experts)
     with jax.named_scope("dispatch"):
         row = _rows_of_pairs(cell, place - wave * cells.rows, chunk, cells, local)
-        token = lax.div(_invert(row, local.ep_size * cells.rows), jnp.int32(weights.shape[1]))
-        arrived = gather_share(_swap(_pick(share, token), local), gate_up.shape[1], local)
+        pair = _invert(row, local.ep_size * cells.rows)
+        leaving = _pick(share, lax.div(pair, jnp.int32(weights.shape[1])))
+        leaving = weigh_inputs(leaving, weights, pair, local)
+        arrived = gather_share(_swap(leaving, local), experts.gate_up.shape[1], local)
     with jax.named_scope("experts"):
         order, sizes = grouped_rows(cells.layout(received[:, chunk], wave), cells.rows)
-        outputs = grouped_mlp(_pick(arrived, order), gate_up[mine], down[mine], sizes, local.activation)
+        outputs = grouped_mlp(_pick(arrived, order), mine, sizes, local.activation)
         outputs = scatter_share(outputs, local)
     with jax.named_scope("combine"):
         back = _swap(_pick(outputs, _invert(order, order.size)), local)
-        pairs = _pick(back, row).reshape(*weights.shape, -1).astype(jnp.float32)
-        return jnp.einsum("tkd,tk->td", pairs, weights, precision=lax.Precision.HIGHEST).astype(share.dtype)
+        return combine(_pick(back, row).reshape(*weights.shape, -1), weights, local)
 
 
 def _rows_of_pairs(
@@ -109,14 +112,14 @@ def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _repeated(
-    values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], waves: jax.Array, cells: Cells, local: Local
+    values: Values, indices: tuple[jax.Array, ...], waves: jax.Array, cells: Cells, local: Local
 ) -> jax.Array:
     """The first wave, then as many more as the fullest cell needs."""
     return _more_waves(values, indices, waves, _wave(values, indices, jnp.int32(0), cells, local), cells, local)
 
 
 def _more_waves(
-    values: tuple[jax.Array, ...],
+    values: Values,
     indices: tuple[jax.Array, ...],
     waves: jax.Array,
     first: jax.Array,
@@ -130,7 +133,7 @@ def _more_waves(
 
 
 def _repeated_forward(
-    values: tuple[jax.Array, ...], indices: tuple[jax.Array, ...], waves: jax.Array, cells: Cells, local: Local
+    values: Values, indices: tuple[jax.Array, ...], waves: jax.Array, cells: Cells, local: Local
 ) -> tuple[jax.Array, Any]:
     first, pullback = jax.vjp(lambda *v: _wave(v, indices, jnp.int32(0), cells, local), *values)
     return _more_waves(values, indices, waves, first, cells, local), (pullback, values, indices, waves)

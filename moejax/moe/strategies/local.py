@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Activation
+from moejax.moe.params import ExpertParams
 from moejax.moe.placement import Placement
 
 
@@ -46,6 +48,7 @@ class Local:
     activation: Activation
     capacity_factor: float | None = None
     chunks: int = 1
+    scales_input: bool = False
 
     @property
     def ep_size(self) -> int:
@@ -66,3 +69,11 @@ class Local:
     def tp_index(self) -> jax.Array | int:
         """This device's place along the tensor axis."""
         return lax.axis_index(self.tp) if self.tp else 0
+
+    def routed(self, params: ExpertParams) -> ExpertParams:
+        """What this device adds up over its experts: the shared expert left out, and the down bias on the tensor
+        axis' first device only, since outputs are partial sums over that axis."""
+        bias = params.down_bias
+        if bias is not None and self.tp:
+            bias = jnp.where(self.tp_index() == 0, bias, jnp.zeros((), bias.dtype))
+        return ExpertParams(params.gate_up, params.down, gate_up_bias=params.gate_up_bias, down_bias=bias)
