@@ -187,19 +187,19 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values `[B, S, heads, H]` of the local heads: biased, normalised, clipped, turned."""
         config = self.config
-        *table, positions = where
+        cos, sin, positions = where
         q, k = _projected(x, params, "q"), _projected(x, params, "k")
         v = k if config.keys_are_values else _projected(x, params, "v")
         if config.value_norm:
             v = unit_norm(v, self.norm.eps)
         interleaved = config.rope is not None and config.rope.interleaved
         if config.norm_after_rope:
-            q, k = (apply_rope(a, *table, interleaved) for a in (q, k))
+            q, k = (apply_rope(a, cos, sin, interleaved) for a in (q, k))
         q, k = self._normed(q, k, params, share)
         if (limit := config.clip_qkv) is not None:
             q, k, v = (jnp.clip(a, -limit, limit) for a in (q, k, v))
         if not config.norm_after_rope:
-            q, k = (apply_rope(a, *table, interleaved) for a in (q, k))
+            q, k = (apply_rope(a, cos, sin, interleaved) for a in (q, k))
         if config.temperature is not None:
             q = _tempered(q, positions, *config.temperature)
         return q, k, v
