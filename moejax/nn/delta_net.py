@@ -125,8 +125,8 @@ class DeltaNet(nnx.Module):
             log_decay, beta = (_masked(rate, real) for rate in _rates(params, x))
             out, state = chunked(*self._convolved(params, inputs), log_decay, beta)
             last = lengths[:, None] + jnp.arange(self.config.kernel - 1, dtype=jnp.int32)
-            kept = (jnp.take_along_axis(a, last[..., None, None], 1) for a in inputs)
-            return out, DeltaCache(*(jnp.swapaxes(a, 1, 2) for a in kept), state)
+            q, k, v = (jnp.take_along_axis(a, last[..., None, None], 1).swapaxes(1, 2) for a in inputs)
+            return out, DeltaCache(q, k, v, state)
 
         y, cache = self._on_shards(mix, _masked(x, real), (real, lengths), stream, returns_cache=True)
         assert cache is not None
@@ -140,7 +140,8 @@ class DeltaNet(nnx.Module):
         def mix(params: Params, x: jax.Array, cache: DeltaCache) -> tuple[jax.Array, DeltaCache]:
             inputs = self._inputs(params, x, (cache.conv_q, cache.conv_k, cache.conv_v))
             out, state = recurrent(*self._convolved(params, inputs), *_rates(params, x), state=cache.state)
-            return out, DeltaCache(*(jnp.swapaxes(a[:, 1:], 1, 2) for a in inputs), state)
+            q, k, v = (a[:, 1:].swapaxes(1, 2) for a in inputs)
+            return out, DeltaCache(q, k, v, state)
 
         y, new = self._on_shards(mix, x, (cache,), stream, returns_cache=True)
         assert new is not None
