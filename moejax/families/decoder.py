@@ -2,16 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from moejax.config import AttentionConfig, LayerConfig, MoEConfig, NormConfig
+from moejax.config import ActivationName, AttentionConfig, LayerConfig, MoEConfig, NormConfig
 from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 from moejax.families.rope_parameters import read_rope
 
 # transformers' names for functions that are equal in float32; gelu_fast spells sqrt(2/pi) with ten digits.
-ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu"]
-
 _ACTIVATIONS: Mapping[str, ActivationName] = {
     "silu": "silu",
     "swish": "silu",
