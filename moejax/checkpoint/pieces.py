@@ -69,7 +69,7 @@ def within(piece: Piece, window: Window) -> Piece | None:
     for axis, source_axis in piece.axes:
         first, step = piece.source[source_axis].start, step_of(piece.source[source_axis])
         start, stop = (first + (edge - piece.box[axis].start) * step for edge in (box[axis].start, box[axis].stop))
-        source[source_axis] = slice(start, stop, step)
+        source[source_axis] = slice(start, stop, piece.source[source_axis].step)
     moved = (_shift(part, -edge.start) for part, edge in zip(box, window, strict=True))
     dest = tuple(new.start if isinstance(old, int) else new for old, new in zip(piece.dest, moved, strict=True))
     return replace(piece, dest=dest, source=tuple(source))
@@ -89,7 +89,7 @@ def within_source(piece: Piece, block: Window) -> Piece | None:
     for axis, bounds, (skipped, count) in zip(piece.source, block, parts, strict=True):
         step = step_of(axis)
         start = axis.start + skipped * step - bounds.start
-        source.append(slice(start, start + (count - 1) * step + 1, step))
+        source.append(slice(start, start + (count - 1) * step + 1, axis.step))
     return replace(piece, dest=tuple(dest), source=tuple(source))
 
 

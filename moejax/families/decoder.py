@@ -27,7 +27,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields that transformers honours for any model and that would change the numbers: each with the values that do not.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "per_layer_config": (None,),
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),
