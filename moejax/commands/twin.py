@@ -16,8 +16,8 @@ from moejax.commands.common import base_parser, run
 from moejax.commands.session import log
 from moejax.families import text_config
 from moejax.report import human_bytes
-from moejax.twins.shrink import DROPPED, shrink
-from moejax.twins.writing import DTYPES, Written, write_checkpoint
+from moejax.twins.shrink import shrink
+from moejax.twins.writing import NAMED, Written, write_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = base_parser(
         "moejax twin",
         "Write a tiny checkpoint of random weights in the family of a published model, in the hub's format. It keeps\n"
-        "whatever the config switches on: expert groups, shared experts, kinds of rope, the pattern of layers. For\n"
-        "tests, and for reports of a mistake that a large model shows. It has no tokenizer: generate from --prompt-ids.",
+        "whatever the config switches on: expert groups, shared experts, kinds of rope, the pattern of layers, packed\n"
+        "weights. For tests, and for reports of a mistake that a large model shows. It has no tokenizer: generate\n"
+        "from --prompt-ids.",
         "moejax twin demo /tmp/twin",
     )
     parser.add_argument(
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", metavar="OUT", help="a new or empty folder")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32)")
+    parser.add_argument("--dtype", default="float32", choices=NAMED, help="of the weights (default float32)")
     return parser
 
 
@@ -73,9 +74,6 @@ def _tell(raw: Mapping[str, Any], small: Mapping[str, Any]) -> None:
         if value != before.get(name) and not name.endswith("dtype"):
             table.add_row(name, _brief(before.get(name)), _brief(value))
     Console(stderr=True).print(table)
-    for name in DROPPED:
-        if before.get(name) is not None:
-            log(f"without {name}: the twin's weights are not packed")
 
 
 def _brief(value: Any) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from moejax.config import AttentionConfig, LayerConfig, ModelConfig
+from moejax.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 
 # Fields of layers, mixers, ropes and experts that may shrink: whether there is such a thing is kept, how large is not.
 _SIZES = frozenset(
-    "num_heads num_kv_heads head_dim window chunk scale temperature kv_rank query_rank nope_dim value_dim "
+    "num_heads num_kv_heads head_dim window chunk temperature kv_rank query_rank nope_dim value_dim "
     "num_key_heads num_value_heads key_dim hidden_size intermediate_size dense_intermediate_size "
     "shared_intermediate_size num_experts num_experts_per_tok dim original_length short_factor long_factor".split()
 )
@@ -26,7 +26,9 @@ def _kind(part: Any, name: str = "") -> Any:
     if name in _SIZES:
         return part not in (None, 0)
     if is_dataclass(part) and not isinstance(part, type):
-        return type(part).__name__, *((f.name, _kind(getattr(part, f.name), f.name)) for f in fields(part))
+        # Of latent attention the scale of scores follows from the widths.
+        names = [f.name for f in fields(part) if (type(part), f.name) != (LatentAttentionConfig, "scale")]
+        return type(part).__name__, *((name, _kind(getattr(part, name), name)) for name in names)
     if isinstance(part, Mapping):
         return tuple((key, _kind(value, key)) for key, value in part.items())
     return part

@@ -8,9 +8,6 @@ from moejax.families import read_config, text_config
 from moejax.twins.kinds import layer_kinds
 from moejax.twins.sizes import Config, small_sizes, small_vocabulary
 
-DROPPED = ("quantization_config",)
-"""Fields that a twin does not keep: its weights are not packed."""
-
 # Lists of layers. Any other list with an entry for each layer is cut to the layers that stay.
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers")
 
@@ -36,12 +33,9 @@ def shrink(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MoejaxError: the config is not supported; see `read_config`.
     """
-    raw = {name: value for name, value in raw.items() if name not in DROPPED}
     if text_config(raw) is raw:
         return _shrunk(raw, read_config)
-    inner = {name: value for name, value in raw["text_config"].items() if name not in DROPPED}
-    small = _shrunk(inner, lambda text: read_config(raw | {"text_config": text}))
-    # Ids of images and the like stand outside, and are to be no text token's.
+    small = _shrunk(raw["text_config"], lambda text: read_config({**raw, "text_config": text}))
     return small_vocabulary(raw, small["vocab_size"]) | {"text_config": small}
 
 

@@ -106,6 +106,11 @@ def _rotary_dim(value: int, config: Config) -> int:
     return max(2, _head(head, config) * value // head // 2 * 2)
 
 
+def _dense_width(value: int, config: Config) -> int:
+    """Of an MLP, unless no other width is named: then experts have it."""
+    return min(value, _WIDTH if config.get("moe_intermediate_size") else _EXPERT_WIDTH)
+
+
 def _expert_width(value: int, config: Config) -> int:
     return min(value, _WIDTH if value == config.get("intermediate_size") else _EXPERT_WIDTH)
 
@@ -166,6 +171,10 @@ def _spread(values: Sequence[Any], config: Config) -> list[Any]:
     return [values[place * len(values) // pairs] for place in range(pairs)]
 
 
+def _block(values: Sequence[int], config: Config) -> list[int]:
+    return [min(value, _EXPERT_WIDTH) for value in values]
+
+
 def _sections(values: Sequence[int], config: Config) -> list[int]:
     pairs = _pairs(config)
     return [pairs // len(values) + (place < pairs % len(values)) for place in range(len(values))]
@@ -177,7 +186,7 @@ _RULES: Mapping[str, Callable[[int, Config], int]] = {
     "vocab_size": _at_most(_VOCABULARY),
     "vocab_size_per_layer_input": _at_most(_VOCABULARY),
     "hidden_size": _hidden,
-    "intermediate_size": _at_most(_WIDTH),
+    "intermediate_size": _dense_width,
     "intermediate_size_mlp": _at_most(_WIDTH + 32),
     "moe_intermediate_size": _expert_width,
     "shared_expert_intermediate_size": _at_most(_EXPERT_WIDTH + 16),
@@ -215,4 +224,5 @@ _LISTS: Mapping[str, Callable[[Sequence[Any], Config], list[Any]]] = {
     "long_factor": _spread,
     "short_factor": _spread,
     "mrope_section": _sections,
+    "weight_block_size": _block,
 }

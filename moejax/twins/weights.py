@@ -127,7 +127,7 @@ def _gain(config: ModelConfig, layer: LayerConfig, part: str, name: str) -> floa
 
 def _reach(activation: object) -> float:
     """Gate and up, for an activation with limits so large that some values meet them."""
-    return activation.limit / 2 if isinstance(activation, ClampedSwiGLU) else 1.0
+    return max(1.0, activation.limit / 2) if isinstance(activation, ClampedSwiGLU) else 1.0
 
 
 def _weights(moe: MoEConfig | None) -> float:

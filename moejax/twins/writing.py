@@ -4,23 +4,25 @@ import json
 import math
 import os
 import shutil
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jax.sharding import AbstractMesh
-from safetensors.numpy import save_file
 
+from moejax.checkpoint.safetensors import DTYPES, ENCODED, SINGLE
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families import Family, family_of, read_config, text_config
 from moejax.opening import checkpoint_plan
+from moejax.twins.packing import packed
 from moejax.twins.weights import tensor_values
 
-DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+NAMED = {dtype.name: dtype for dtype in DTYPES.values()}
+_SPELLED = {dtype: spelling for spelling, dtype in (DTYPES | ENCODED).items()}
 
 # A twin is made whole in memory. A config that leaves sizes to its family makes a large one.
 _MOST_PARAMETERS = 20_000_000
@@ -68,10 +70,12 @@ def write_checkpoint(
             f"a model of this config would have {parameters:,} parameters, over {limit:,}; state the sizes that "
             "config.json leaves to the family"
         )
-    tensors = {name: value.astype(DTYPES[dtype]) for name, value in tensor_values(config, plan, seed).items()}
+    text = text_config(raw)
+    tensors = {name: value.astype(NAMED[dtype]) for name, value in tensor_values(config, plan, seed).items()}
+    tensors = packed(tensors, plan, text.get("quantization_config"))
     size = sum(tensor.nbytes for tensor in tensors.values())
-    if text_config(raw) is not raw:
-        tensors = _wrapped(tensors, family) | {name: np.ones(shape, DTYPES[dtype]) for name, shape in _OTHERS.items()}
+    if text is not raw:
+        tensors = _wrapped(tensors, family) | {name: np.ones(shape, NAMED[dtype]) for name, shape in _OTHERS.items()}
     _write(folder, tensors, {"config.json": _with_dtype(raw, dtype), "generation_config.json": _token_ids(raw)})
     return Written(folder, config, parameters, size)
 
@@ -105,7 +109,7 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dic
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        _write_tensors(partial / SINGLE, tensors)
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.rename(folder)
@@ -113,3 +117,16 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dic
         raise MoejaxError(f"cannot write {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """The safetensors library writes no float8 of numpy."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _SPELLED[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
+    encoded = json.dumps(header).encode()
+    # The format asks for data that start at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"".join(t.tobytes() for t in tensors.values()))
