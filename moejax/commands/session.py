@@ -62,7 +62,7 @@ def load_model(args: argparse.Namespace, folder: Path, mesh: Mesh, **options: ob
     if ignored := unknown_fields(read_json(folder, "config.json")):
         log(f"warning: config.json has fields that moejax does not know and ignores: {', '.join(ignored)}")
     with LoadingBar(f"loading {args.model}") as progress:
-        model = load(folder, mesh=mesh, dtype=args.dtype, progress=progress, **options)  # type: ignore[arg-type]
+        model = load(folder, mesh=mesh, dtype=args.dtype, packed=not args.dequantise, progress=progress, **options)  # type: ignore[arg-type]
     return model, time.perf_counter() - began
 
 
