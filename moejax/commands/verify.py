@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moejax import distributed
 from moejax.commands.common import DTYPES, add_dequantise, base_parser, run
-from moejax.commands.session import agree_on, console, log
+from moejax.commands.session import agree_on, console, log, say_left_out
 from moejax.errors import MoejaxError
 from moejax.loading import load
 from moejax.mesh import MeshShape, make_mesh, parse_mesh
@@ -71,6 +71,8 @@ def _verify(args: argparse.Namespace) -> int:
             shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
             status.update(f"{number} of {len(jobs)}: {shape} {strategy}")
             model = load(folder, mesh=mesh, dtype=args.dtype, strategy=strategy, packed=not args.dequantise)
+            if number == 1:
+                say_left_out(model)
             for line in report_lines(model, len(verifier.prompts)):
                 log(line)
             rows.append(verifier.check(model))
