@@ -13,7 +13,7 @@ from moejax.families import read_config
 from moejax.nn.rope import apply_rope, attention_factor, inverse_frequencies, rope_tables
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rope.json").read_text())
-DYNAMIC = RopeConfig(kind="dynamic", factor=2.0)
+DYNAMIC = RopeConfig(8, kind="dynamic", factor=2.0)
 
 
 @pytest.mark.parametrize("name", GOLDEN["frequencies"])
@@ -21,13 +21,12 @@ def test_frequencies_equal_transformers(name):
     case = GOLDEN["frequencies"][name]
     config = read_config(case["config"])
     lengths = None if case["length"] is None else jnp.array([case["length"]])
-    got = np.asarray(
-        inverse_frequencies(config.rope, config.attention.head_dim, config.max_position_embeddings, lengths)
-    )
+    (rope,) = config.ropes
+    got = np.asarray(inverse_frequencies(rope, config.max_position_embeddings, lengths))
     want = np.array(case["frequencies"], np.float32)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got if lengths is None else got[0], want, rtol=3e-7)
-    assert attention_factor(config.rope) == pytest.approx(case["attention_factor"], rel=1e-12)
+    assert attention_factor(rope) == pytest.approx(case["attention_factor"], rel=1e-12)
 
 
 def test_cases_differ_from_one_another():
@@ -41,7 +40,8 @@ def test_cases_differ_from_one_another():
 def test_tables_and_rotation_equal_transformers():
     case = GOLDEN["rotation"]
     config = read_config(case["config"])
-    cos, sin = jax.jit(lambda p: rope_tables(config.rope, 16, 4096, p))(jnp.array(case["positions"]))
+    (rope,) = config.ropes
+    cos, sin = jax.jit(lambda p: rope_tables(rope, 4096, p))(jnp.array(case["positions"]))
     assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos, case["cos"], atol=2e-6)
     np.testing.assert_allclose(sin, case["sin"], atol=2e-6)
@@ -50,7 +50,7 @@ def test_tables_and_rotation_equal_transformers():
 
 
 def test_rotation_keeps_dtype_and_rounds_once():
-    cos, sin = rope_tables(RopeConfig(), 8, 64, jnp.array([[3, 9]]))
+    cos, sin = rope_tables(RopeConfig(8), 64, jnp.array([[3, 9]]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 8)), jnp.bfloat16)
     turned = apply_rope(x, cos, sin)
     assert turned.dtype == jnp.bfloat16
@@ -63,7 +63,7 @@ def test_dot_products_depend_on_distance_only():
 
     def score(q_position, k_position):
         turned = [
-            apply_rope(jnp.asarray(x), *rope_tables(RopeConfig(), 16, 64, jnp.array([[p]])))
+            apply_rope(jnp.asarray(x), *rope_tables(RopeConfig(16), 64, jnp.array([[p]])))
             for x, p in ((q, q_position), (k, k_position))
         ]
         return float(np.vdot(*map(np.asarray, turned)))
@@ -74,20 +74,31 @@ def test_dot_products_depend_on_distance_only():
 
 def test_dynamic_row_in_a_batch_equals_the_row_alone():
     lengths = jnp.array([10, 64, 65, 500])
-    frequencies = jax.jit(lambda n: inverse_frequencies(DYNAMIC, 8, 64, n))
+    frequencies = jax.jit(lambda n: inverse_frequencies(DYNAMIC, 64, n))
     batch = np.asarray(frequencies(lengths))
     for row in range(4):
         np.testing.assert_array_equal(batch[row], np.asarray(frequencies(lengths[row : row + 1]))[0])
-    static = inverse_frequencies(DYNAMIC, 8, 64)
+    static = inverse_frequencies(DYNAMIC, 64)
     np.testing.assert_array_equal(batch[:2], [static, static])
     assert np.all(batch[3, 1:] < batch[2, 1:]) and np.all(batch[2, 1:] < static[1:])
 
 
 def test_dynamic_tables_take_the_length_from_positions_unless_given():
     positions = jnp.array([[0, 99], [0, 20]])
-    inferred = rope_tables(DYNAMIC, 8, 64, positions)
-    given = rope_tables(DYNAMIC, 8, 64, positions, jnp.array([100, 21]))
-    longer = rope_tables(DYNAMIC, 8, 64, positions, jnp.array([300, 21]))
+    inferred = rope_tables(DYNAMIC, 64, positions)
+    given = rope_tables(DYNAMIC, 64, positions, jnp.array([100, 21]))
+    longer = rope_tables(DYNAMIC, 64, positions, jnp.array([300, 21]))
     np.testing.assert_array_equal(inferred, given)
     assert np.abs(np.asarray(longer[0] - given[0]))[0, 1].max() > 1e-3
     np.testing.assert_array_equal(longer[0][1], given[0][1])
+
+
+def test_interleaved_pairs_are_neighbours_and_a_partial_rotation_leaves_the_rest():
+    """Both layouts turn the same pairs, only placed otherwise."""
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 3, 10)), jnp.float32)
+    cos, sin = rope_tables(RopeConfig(6), 64, jnp.array([[3, 9]]))
+    halves = apply_rope(x, cos, sin)
+    np.testing.assert_array_equal(halves[..., 6:], x[..., 6:])
+    order = np.array([0, 3, 1, 4, 2, 5, 6, 7, 8, 9])  # (i, i + 3) become neighbours
+    neighbours = apply_rope(x[..., order], cos, sin, interleaved=True)
+    np.testing.assert_array_equal(neighbours, halves[..., order])

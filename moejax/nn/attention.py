@@ -6,6 +6,7 @@ of those. One sum over the devices at the end puts the output together. The head
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import jax
@@ -24,6 +25,7 @@ from moejax.nn.heads import head_layout
 from moejax.nn.norm import neutral, normalise, scaled, unit_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
+from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, psum
@@ -87,6 +89,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S D"], places: Places, segments: Int[Array, "B S"], stream: Stream
     ) -> Float[Array, "B S D"]:
         """Attention of whole sequences over themselves; segment 0 pads."""
+        if self.config.temperature is not None:
+            # Transformers counts the row's places here, whatever the positions say.
+            places = replace(places, positions=row_places(segments))
 
         def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array):
             return self._over_itself(params, q, _heads_first(k), _heads_first(v), segments), None
@@ -187,19 +192,19 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values `[B, S, heads, H]` of the local heads: biased, normalised, clipped, turned."""
         config = self.config
-        *table, positions = where
+        cos, sin, positions = where
         q, k = _projected(x, params, "q"), _projected(x, params, "k")
         v = k if config.keys_are_values else _projected(x, params, "v")
         if config.value_norm:
             v = unit_norm(v, self.norm.eps)
         interleaved = config.rope is not None and config.rope.interleaved
         if config.norm_after_rope:
-            q, k = (apply_rope(a, *table, interleaved) for a in (q, k))
+            q, k = (apply_rope(a, cos, sin, interleaved) for a in (q, k))
         q, k = self._normed(q, k, params, share)
         if (limit := config.clip_qkv) is not None:
             q, k, v = (jnp.clip(a, -limit, limit) for a in (q, k, v))
         if not config.norm_after_rope:
-            q, k = (apply_rope(a, *table, interleaved) for a in (q, k))
+            q, k = (apply_rope(a, cos, sin, interleaved) for a in (q, k))
         if config.temperature is not None:
             q = _tempered(q, positions, *config.temperature)
         return q, k, v

@@ -1,6 +1,7 @@
 """One decoder layer: a mixer and a mixture of experts (or a dense MLP), each after a norm and added to the stream."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +9,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config import AttentionConfig, ModelConfig
+from moejax.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from moejax.moe.layer import MoE, MoEDetails, Parallel
 from moejax.nn.attention import Attention
 from moejax.nn.cache import Cache
+from moejax.nn.latent_attention import LatentAttention
 from moejax.nn.mlp import DenseMLP
 from moejax.nn.norm import Norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.sharding import AnyMesh
 
-MIXERS = {AttentionConfig: Attention}
+MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention}
 """The module of each kind of mixer."""
 
 

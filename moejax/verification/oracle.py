@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.huggingface import load_parameters
-from moejax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moejax.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
 from moejax.model import finished_logits
@@ -30,8 +30,12 @@ from moejax.nn.places import Places
 from moejax.opening import Checkpoint
 from moejax.precision import precision_of
 from moejax.verification.attention import attention_reference
+from moejax.verification.latent_attention import latent_attention_reference
 
-REFERENCES: dict[type, Callable[..., jax.Array]] = {AttentionConfig: attention_reference}
+REFERENCES: dict[type, Callable[..., jax.Array]] = {
+    AttentionConfig: attention_reference,
+    LatentAttentionConfig: latent_attention_reference,
+}
 """For each kind of mixer: (params, config, norm, x, places, segments) -> y."""
 
 Params = dict[str, jax.Array]

@@ -1,0 +1,216 @@
+"""Multi-head latent attention: all heads' keys and values come from one short latent a token, and that is what is kept.
+
+Whole sequences write out the keys and values of each head. A decoded token does not: the key half of `kv_b` moves its
+queries into the latent's space instead, they meet the kept latents there, and the value half moves the sum of latents
+out again. Both are the same sums in another order.
+
+Heads are cut across the mesh as in `attention`; the latents, which all heads read, are computed on every device.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moejax.config import LatentAttentionConfig, NormConfig
+from moejax.moe.layer import sharded_param
+from moejax.nn.attend import attend, attend_causal
+from moejax.nn.head_share import HeadShare
+from moejax.nn.heads import head_layout
+from moejax.nn.latent_cache import LatentCache, appended, valid_places
+from moejax.nn.norm import rms_norm
+from moejax.nn.places import Places
+from moejax.nn.rope import apply_rope
+from moejax.nn.stream import Stream
+from moejax.precision import precision_of
+from moejax.sharding import AnyMesh, axis_size, pad_axis, psum
+
+Params: TypeAlias = dict[str, jax.Array]
+Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
+
+# The axis of each parameter that its heads are on, which is cut over tp.
+HEADS = {"q": 1, "q_b": 1, "kv_b": 1, "o": 0}
+
+
+class LatentAttention(nnx.Module):
+    """Attention through latents; `heads` are the config's, zero-padded to a multiple of tp.
+
+    Parameters: `kv_a [D, kv_rank + rope]`, `kv_a_norm [kv_rank]`, `kv_b [kv_rank, heads, nope + value]` and
+    `o [heads, value, D]`; queries by `q [D, heads, nope + rope]`, or with a `query_rank` by `q_a [D, query_rank]`,
+    `q_a_norm [query_rank]` and `q_b [query_rank, heads, nope + rope]`; with `bias` also `kv_a_bias`, `q_a_bias`,
+    `o_bias [D]`.
+
+    Source: DeepSeek-AI 2024, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
+    sections 2.1.2 and 2.1.3.
+    """
+
+    def __init__(
+        self,
+        config: LatentAttentionConfig,
+        width: int,
+        norm: NormConfig,
+        *,
+        mesh: AnyMesh,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        """Random weights, neutral norms, zero biases. Of `norm` nothing is taken: latents have their own epsilon."""
+        self.config = config
+        self.layout = head_layout(config.num_heads, config.num_heads, axis_size(mesh, "tp"))
+        for name, (shape, inputs) in _shapes(config, width).items():
+            if inputs:
+                value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(inputs**-0.5, dtype)
+            else:
+                value = jnp.full(shape, 1 if name.endswith("norm") else 0, dtype)
+            if name in HEADS:
+                value = pad_axis(value, HEADS[name], self.layout.num_heads)
+            setattr(self, name, sharded_param(value, mesh, *_cut(name, value.ndim)))
+
+    def __call__(
+        self, x: Float[Array, "B S D"], places: Places, segments: Int[Array, "B S"], stream: Stream
+    ) -> Float[Array, "B S D"]:
+        """Attention of whole sequences over themselves; segment 0 pads."""
+
+        def mix(params: Params, q: jax.Array, latent: jax.Array, segments: jax.Array):
+            return self._over_itself(params, q, latent, segments), None
+
+        return self._on_shards(mix, x, places, (segments,), stream)[0]
+
+    def prefill(
+        self, x: Float[Array, "B S D"], places: Places, lengths: Int[Array, " B"], max_len: int, stream: Stream
+    ) -> tuple[Float[Array, "B S D"], LatentCache]:
+        """The same for right-padded prompts of `lengths` tokens, with a cache that has room for `max_len` tokens."""
+
+        def mix(params: Params, q: jax.Array, latent: jax.Array, lengths: jax.Array):
+            segments = (jnp.arange(q.shape[1], dtype=jnp.int32) < lengths[:, None]).astype(jnp.int32)
+            return self._over_itself(params, q, latent, segments), LatentCache(latent=pad_axis(latent, 1, max_len))
+
+        y, cache = self._on_shards(mix, x, places, (lengths,), stream, returns_cache=True)
+        assert cache is not None
+        return y, cache
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        places: Places,
+        positions: Int[Array, " B"],
+        cache: LatentCache,
+        stream: Stream,
+    ) -> tuple[Float[Array, "B 1 D"], LatentCache]:
+        """One more token a row, at `positions`, over the cache of those before."""
+
+        def mix(params: Params, q: jax.Array, latent: jax.Array, positions: jax.Array, cache: LatentCache):
+            cache = appended(cache, latent, positions)
+            return self._over_latents(params, q, cache, positions), cache
+
+        y, new = self._on_shards(mix, x, places, (positions, cache), stream, returns_cache=True)
+        assert new is not None
+        return y, new
+
+    def share(self, stream: Stream) -> HeadShare:
+        """The heads that each device computes under this stream."""
+        return HeadShare.of(self.layout, stream)
+
+    def _on_shards(
+        self, mix: Mix, x: jax.Array, places: Places, extras: tuple, stream: Stream, returns_cache: bool = False
+    ) -> tuple[jax.Array, LatentCache | None]:
+        """Projects, lets `mix` attend with the local heads, projects back and sums over devices with other heads."""
+        share, rows = self.share(stream), stream.batch_spec
+        params = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        bias = params.pop("o_bias", None)
+        specs = {name: stream.spec(*_cut(name, value.ndim)) for name, value in params.items()}
+
+        def local(params: Params, x: jax.Array, table: tuple[jax.Array, jax.Array], *extras):
+            mine = share.take(params, HEADS, {})
+            out, cache = mix(mine, self._queries(mine, x, table), self._latents(mine, x, table), *extras)
+            y = jnp.einsum("bsnv,nvd->bsd", out, mine["o"], precision=precision_of(x.dtype))
+            return psum(y, share.axes), cache
+
+        mapped = jax.shard_map(
+            local,
+            mesh=stream.mesh,
+            in_specs=(specs, *[rows] * (2 + len(extras))),
+            out_specs=(rows, rows if returns_cache else None),
+            check_vma=True,
+        )
+        y, cache = mapped(params, x, places.table(self.config.rope), *extras)
+        return (y if bias is None else y + bias), cache
+
+    def _queries(
+        self, params: Params, x: Float[Array, "B S D"], table: tuple[jax.Array, jax.Array]
+    ) -> Float[Array, "B S N H"]:
+        """The local heads' queries, the last rope.dim values of each turned."""
+        config = self.config
+        if config.query_rank is None:
+            q = jnp.einsum("bsd,dnh->bsnh", x, params["q"], precision=precision_of(x.dtype))
+        else:
+            latent = rms_norm(_projected(x, params, "q_a"), params["q_a_norm"], config.latent_norm_eps)
+            q = jnp.einsum("bsl,lnh->bsnh", latent, params["q_b"], precision=precision_of(x.dtype))
+        nope, rope = jnp.split(q, [config.nope_dim], -1)
+        return jnp.concatenate([nope, apply_rope(rope, *table, config.rope.interleaved)], -1)
+
+    def _latents(
+        self, params: Params, x: Float[Array, "B S D"], table: tuple[jax.Array, jax.Array]
+    ) -> Float[Array, "B S L"]:
+        """What the cache keeps of each token."""
+        config = self.config
+        latent, key = jnp.split(_projected(x, params, "kv_a"), [config.kv_rank], -1)
+        latent = rms_norm(latent, params["kv_a_norm"], config.latent_norm_eps)
+        key = apply_rope(key[:, :, None], *table, config.rope.interleaved)[:, :, 0]
+        return jnp.concatenate([latent, key], -1)
+
+    def _over_itself(
+        self, params: Params, q: Float[Array, "B S N H"], latent: Float[Array, "B S L"], segments: Int[Array, "B S"]
+    ) -> Float[Array, "B S N Hv"]:
+        """With the keys and values of each local head written out."""
+        config = self.config
+        latent, shared = jnp.split(latent, [config.kv_rank], -1)
+        kv = jnp.einsum("bsl,lnh->bnsh", latent, params["kv_b"], precision=precision_of(latent.dtype))
+        k, v = jnp.split(kv, [config.nope_dim], -1)
+        shared = jnp.broadcast_to(shared[:, None], (*k.shape[:-1], config.rope.dim))
+        return attend_causal(q, jnp.concatenate([k, shared], -1), v, segments, scale=config.scale)
+
+    def _over_latents(
+        self, params: Params, q: Float[Array, "B 1 N H"], cache: LatentCache, positions: Int[Array, " B"]
+    ) -> Float[Array, "B 1 N Hv"]:
+        """With the kept latents themselves as the one key/value head that all local heads share."""
+        config, exact = self.config, precision_of(q.dtype)
+        to_key, to_value = jnp.split(params["kv_b"], [config.nope_dim], -1)
+        nope, rope = jnp.split(q, [config.nope_dim], -1)
+        q = jnp.concatenate([jnp.einsum("bsnh,lnh->bsnl", nope, to_key, precision=exact), rope], -1)
+        kept = cache.latent[:, None]
+        # The shared keys are summed too and dropped: a few products more, but no copy of the latents without them.
+        out = attend(q, kept, kept, valid_places(cache, positions), scale=config.scale)
+        return jnp.einsum("bsnl,lnv->bsnv", out[..., : config.kv_rank], to_value, precision=exact)
+
+
+def _shapes(config: LatentAttentionConfig, width: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape, with the checkpoint's heads, and inputs (0 for what is no matrix) of each parameter."""
+    heads, latent, rope = config.num_heads, config.kv_rank, config.rope.dim
+    query = config.nope_dim + rope
+    shapes: dict[str, tuple[tuple[int, ...], int]] = {
+        "kv_a": ((width, latent + rope), width),
+        "kv_a_norm": ((latent,), 0),
+        "kv_b": ((latent, heads, config.nope_dim + config.value_dim), latent),
+        "o": ((heads, config.value_dim, width), heads * config.value_dim),
+    }
+    if (rank := config.query_rank) is None:
+        shapes["q"] = ((width, heads, query), width)
+    else:
+        shapes |= {"q_a": ((width, rank), width), "q_a_norm": ((rank,), 0), "q_b": ((rank, heads, query), rank)}
+    if config.bias:
+        shapes |= {f"{name}_bias": (shapes[name][0][-1:], 0) for name in ("kv_a", "q_a", "o") if name in shapes}
+    return shapes
+
+
+def _cut(name: str, ndim: int) -> tuple[str | None, ...]:
+    return tuple("tp" if axis == HEADS.get(name) else None for axis in range(ndim))
+
+
+def _projected(x: Float[Array, "B S D"], params: Params, name: str) -> Float[Array, "B S L"]:
+    y = jnp.einsum("bsd,dl->bsl", x, params[name], precision=precision_of(x.dtype))
+    return y + params[f"{name}_bias"] if f"{name}_bias" in params else y
