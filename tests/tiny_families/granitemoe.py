@@ -27,8 +27,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "attention_bias": True,
         "attention_multiplier": 0.21,
-        "embedding_multiplier": 12.0,
-        "residual_multiplier": 0.22,
+        "embedding_multiplier": 0.4,
+        "residual_multiplier": 1.6,
         "logits_scaling": 6.0,
         "tie_word_embeddings": True,
         "rope_theta": 10000,
@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "dtype": "float32",
     },
-    # Sequences grow past the 16 positions that dynamic scaling knows; every expert is chosen; another activation.
+    # Sequences grow past the 32 positions that dynamic scaling knows; every expert is chosen; another activation.
     "granitemoe_dynamic": {
         **_GRANITE,
         "vocab_size": 97,
@@ -62,8 +62,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.6,
         "hidden_act": "gelu_pytorch_tanh",
         "rms_norm_eps": 1e-3,
-        "max_position_embeddings": 16,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 5.0},
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 3.0},
         "tie_word_embeddings": False,
         "dtype": "float32",
     },
