@@ -7,6 +7,7 @@ from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
+from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moejax.families.known_fields import SHARED_FIELDS
 from moejax.families.llama4 import LLAMA4
 from moejax.families.mixtral import MIXTRAL
@@ -25,6 +26,7 @@ _ALL = (
     LLAMA4,
     GRANITEMOE,
     GRANITEMOESHARED,
+    HUNYUAN_V1_MOE,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
