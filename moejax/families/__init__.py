@@ -6,6 +6,7 @@ from typing import Any
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families.family import DEFAULT_NAMES, Family
+from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
 from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moejax.families.known_fields import SHARED_FIELDS
@@ -23,6 +24,7 @@ _ALL = (
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,
+    GPT_OSS,
     LLAMA4,
     GRANITEMOE,
     GRANITEMOESHARED,
