@@ -77,6 +77,7 @@ class MoEConfig:
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
     (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
+    `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -89,6 +90,7 @@ class MoEConfig:
     shared_gate: bool = False
     bias: bool = False
     scales_input: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok"):

@@ -15,7 +15,7 @@ from moejax.families.fields import Fields
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 _KEYS = frozenset(
     "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
-    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor".split()
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha".split()
 )
 
 
@@ -40,7 +40,7 @@ def read_rope(
         MoejaxError: an unsupported kind, a part of the head where whole ones are turned, one rope per layer type, or a
             bad value.
     """
-    scaling = _scaling(fields)
+    scaling = rope_fields(fields)
     kind = scaling.raw.get("rope_type", scaling.raw.get("type", "default"))
     if kind not in _KINDS:
         raise MoejaxError(f"{scaling.prefix}rope_type={kind!r} is not supported; one of {', '.join(_KINDS)} is")
@@ -75,11 +75,12 @@ def _rotated(fields: Fields, scaling: Fields, head_dim: int, partial_rotary: flo
 
 def unknown_rope_keys(raw: Mapping[str, Any]) -> list[str]:
     """Dotted names of the keys inside the rope object that no supported kind reads."""
-    scaling = _scaling(Fields(raw))
+    scaling = rope_fields(Fields(raw))
     return sorted(scaling.prefix + key for key in scaling.raw if key not in _KEYS)
 
 
-def _scaling(fields: Fields) -> Fields:
+def rope_fields(fields: Fields) -> Fields:
+    """The rope object that counts, empty where there is none."""
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     value = fields.raw.get(name)
     if value is None:

@@ -24,6 +24,7 @@ from moejax.moe.experts import gated_mlp
 from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.reference import dense_moe
 from moejax.moe.router import Routing, router_for, selection_scores
+from moejax.nn.block import added
 from moejax.nn.norm import normalise
 from moejax.nn.places import Places
 from moejax.opening import Checkpoint
@@ -125,19 +126,17 @@ def _layer(
     lengths: Int[Array, " B"],
     segments: Int[Array, "B S"],
 ) -> tuple[jax.Array, Routing | None, jax.Array | None]:
-    def add(x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y if config.residual_scale == 1 else x + y * jnp.asarray(config.residual_scale, y.dtype)
-
     places = Places.of(config, positions, lengths)
     own = {name.removeprefix("attention."): a for name, a in params.items() if name.startswith("attention.")}
     hidden = _norm(config, params, "attention_norm", x)
-    x = add(x, REFERENCES[type(layer.mixer)](own, layer.mixer, config.norm, hidden, places, segments))
+    y = REFERENCES[type(layer.mixer)](own, layer.mixer, config.norm, hidden, places, segments)
+    x = added(x, y, config.residual_scale)
     hidden = _norm(config, params, "mlp_norm", x)
     if layer.moe is None:
         y = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
-        return add(x, y), None, None
+        return added(x, y, config.residual_scale), None, None
     y, routing, selection = _moe(layer.moe, params, hidden)
-    return add(x, y), routing, selection
+    return added(x, y, config.residual_scale), routing, selection
 
 
 def _moe(config: MoEConfig, params: Params, hidden: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
