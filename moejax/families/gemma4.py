@@ -7,10 +7,9 @@ from typing import Any
 from moejax.checkpoint.expert_entries import ExpertTensors
 from moejax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig
 from moejax.errors import MoejaxError
-from moejax.families.decoder import Defaults, read_activation, read_decoder, read_layer_types
+from moejax.families.decoder import Defaults, read_activation, read_attention, read_decoder, read_layer_types
 from moejax.families.family import DEFAULT_NAMES, Family, Wrapper
 from moejax.families.fields import Fields
-from moejax.families.rope_parameters import read_rope
 
 _DEFAULTS = Defaults(
     vocab_size=262_144,
@@ -18,6 +17,7 @@ _DEFAULTS = Defaults(
     num_hidden_layers=30,
     num_attention_heads=8,
     num_key_value_heads=4,
+    head_dim=256,
     max_position_embeddings=131_072,
     rms_norm_eps=1e-6,
     bos_token_id=2,
@@ -33,8 +33,8 @@ _ROPES = {
 def to_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
     _refuse_variants(fields)
-    shared = {name: value for name, value in raw.items() if name != "per_layer_config"}
-    decoder = read_decoder(Fields({"tie_word_embeddings": True, **shared}), _DEFAULTS)
+    tied = Fields({"tie_word_embeddings": True, **raw})
+    decoder = read_decoder(tied, _DEFAULTS, honours=("per_layer_config",))
     decoder["norm"] = replace(decoder["norm"], kind="rms_wide")
     moe, activation = _experts(fields, decoder["hidden_size"]), read_activation(fields, *_ACTIVATION)
     dense = fields.integer("intermediate_size", 9216)
@@ -77,17 +77,12 @@ def _attentions(fields: Fields) -> list[AttentionConfig]:
 
 
 def _attention(fields: Fields, windowed: bool, own: Mapping[str, Any]) -> AttentionConfig:
-    sizes = Fields({**fields.raw, **own})
-    head_dim, bias = sizes.integer("head_dim", 256), fields.flag("attention_bias", False)
-    ropes = Fields({**fields.raw, "rope_parameters": fields.raw.get("rope_parameters") or _ROPES})
-    longest = fields.integer("max_position_embeddings", _DEFAULTS.max_position_embeddings)
-    kind = "sliding_attention" if windowed else "full_attention"
-    return AttentionConfig(
-        num_heads=fields.integer("num_attention_heads", 8),
-        num_kv_heads=sizes.integer("num_key_value_heads", 4),
-        head_dim=head_dim,
+    bias = fields.flag("attention_bias", False)
+    return read_attention(
+        Fields({**fields.raw, "rope_parameters": fields.raw.get("rope_parameters") or _ROPES, **own}),
+        _DEFAULTS,
+        layer_type="sliding_attention" if windowed else "full_attention",
         window=fields.integer("sliding_window", 512) if windowed else None,
-        rope=read_rope(ropes, _DEFAULTS.rope_theta, longest, head_dim, layer_type=kind),
         scale=1.0,
         qkv_bias=bias,
         out_bias=bias,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.huggingface import load_parameters
-from moejax.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
 from moejax.model import finished_logits
@@ -29,11 +29,13 @@ from moejax.nn.places import Places
 from moejax.opening import Checkpoint
 from moejax.precision import precision_of
 from moejax.verification.attention import attention_reference
+from moejax.verification.delta_net import delta_net_reference
 from moejax.verification.latent_attention import latent_attention_reference
 
 REFERENCES: dict[type, Callable[..., jax.Array]] = {
     AttentionConfig: attention_reference,
     LatentAttentionConfig: latent_attention_reference,
+    DeltaNetConfig: lambda params, config, norm, x, _, segments: delta_net_reference(params, config, norm, x, segments),
 }
 """For each kind of mixer: (params, config, norm, x, places, segments) -> y."""
 
@@ -133,20 +135,30 @@ def _layer(
     if layer.branch_norms:
         y = _norm(config, params, "attention_out_norm", y)
     x = add(x, y)
-    hidden, routing, selection = _norm(config, params, "mlp_norm", x), None, None
-    if layer.moe is None or layer.side_by_side:
-        y = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
-    elif layer.moe is not None:
-        y, routing, selection = _moe(layer.moe, params, hidden, hidden)
-    if layer.moe is not None and layer.side_by_side:
-        seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)
-        seen = (seen / config.hidden_size**0.5).astype(x.dtype)
-        beside, routing, selection = _moe(layer.moe, params, _norm(config, params, "moe_norm", x), seen)
-        y = _norm(config, params, "mlp_out_norm", y) + _norm(config, params, "moe_out_norm", beside)
+    y, routing, selection = _feed_forward(config, layer, params, x)
     if layer.branch_norms:
         y = _norm(config, params, "out_norm", y)
     x = add(x, y)
     return x * params["output_scale"] if layer.output_scale else x, routing, selection
+
+
+def _feed_forward(
+    config: ModelConfig, layer: LayerConfig, params: Params, x: jax.Array
+) -> tuple[jax.Array, Routing | None, jax.Array | None]:
+    hidden = _norm(config, params, "mlp_norm", x)
+    if layer.moe is not None and not layer.dense_intermediate_size:
+        return _moe(layer.moe, params, hidden, hidden)
+    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
+    if layer.moe is None:
+        return dense, None, None
+    seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)
+    seen = (seen / config.hidden_size**0.5).astype(x.dtype)
+    sparse, routing, selection = _moe(layer.moe, params, _norm(config, params, "moe_norm", x), seen)
+    return (
+        _norm(config, params, "mlp_out_norm", dense) + _norm(config, params, "moe_out_norm", sparse),
+        routing,
+        selection,
+    )
 
 
 def _moe(config: MoEConfig, params: Params, hidden: jax.Array, seen: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:

@@ -15,15 +15,15 @@ _BASE = {
 
 CONFIGS: dict[str, dict[str, Any]] = {
     # Everything that the published model has: wider heads, fewer of them and values from keys in the full layers, of
-    # whose heads a quarter is turned. 6 experts and 5 heads, which divide no mesh; the last layer, listed as windowed,
-    # sees all.
+    # whose heads a quarter is turned. 6 experts, 6 heads over 3, which ep=4 or tp=4 does not divide; the last layer,
+    # listed as windowed, sees all.
     "gemma4_text_published": {
         **_BASE,
         "attention_k_eq_v": True,
         "dtype": "float32",
         "final_logit_softcapping": 3.0,
-        "global_head_dim": 16,
-        "head_dim": 8,
+        "global_head_dim": 32,
+        "head_dim": 16,
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": 32,
         "intermediate_size": 20,
@@ -82,8 +82,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # (512) and the sizes of full layers' heads, where num_global_key_value_heads has no say without attention_k_eq_v.
     "gemma4_text_defaults": {
         **_BASE,
-        "global_head_dim": 16,
-        "head_dim": 8,
+        "global_head_dim": 24,
+        "head_dim": 12,
         "hidden_size": 32,
         "intermediate_size": 24,
         "moe_intermediate_size": 8,
