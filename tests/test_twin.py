@@ -83,9 +83,11 @@ def test_kinds_tell_switches_apart_and_not_sizes():
     moe = MoEConfig(32, 16, 8, 2, router=RouterConfig(groups=4, kept_groups=2))
     layer = LayerConfig(AttentionConfig(8, 2, 16, window=4, rope=RopeConfig(16)), moe)
 
+    def kinds(*layers: LayerConfig):
+        return layer_kinds(replace(read_config(published("mixtral-8x7b")), layers=layers))
+
     def kind(layer: LayerConfig):
-        config = read_config(published("mixtral-8x7b"))
-        return layer_kinds(replace(config, layers=(layer,)))[0]
+        return kinds(layer)[0]
 
     def attention(**changes):
         return replace(layer, mixer=replace(layer.mixer, **changes))
@@ -96,6 +98,7 @@ def test_kinds_tell_switches_apart_and_not_sizes():
     same = [
         attention(window=400),
         attention(num_heads=4, head_dim=32, rope=RopeConfig(32)),
+        attention(rope=RopeConfig(16, theta=5.0)),
         router(groups=2, kept_groups=2),
         replace(layer, moe=replace(moe, num_experts=64, intermediate_size=5)),
     ]
@@ -104,7 +107,7 @@ def test_kinds_tell_switches_apart_and_not_sizes():
         attention(window=None),
         attention(num_heads=2),
         attention(rope=RopeConfig(8)),
-        attention(rope=RopeConfig(16, theta=5.0)),
+        attention(rope=RopeConfig(16, kind="linear")),
         attention(sinks=True),
         router(groups=1, kept_groups=1),
         router(scale=2.5),
@@ -112,6 +115,7 @@ def test_kinds_tell_switches_apart_and_not_sizes():
         LayerConfig(layer.mixer, None, 64),
     ]
     assert len({kind(one) for one in [layer, *other]}) == 1 + len(other)
+    assert len(set(kinds(layer, attention(rope=RopeConfig(16, theta=5.0))))) == 2
 
 
 @pytest.mark.parametrize(

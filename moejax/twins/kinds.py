@@ -4,20 +4,25 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from moejax.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 
 # Fields of layers, mixers, ropes and experts that may shrink: whether there is such a thing is kept, how large is not.
 _SIZES = frozenset(
-    "num_heads num_kv_heads head_dim window chunk temperature kv_rank query_rank nope_dim value_dim "
+    "num_heads num_kv_heads head_dim theta window chunk temperature kv_rank query_rank nope_dim value_dim "
     "num_key_heads num_value_heads key_dim hidden_size intermediate_size dense_intermediate_size "
-    "shared_intermediate_size num_experts num_experts_per_tok dim original_length short_factor long_factor".split()
+    "shared_intermediate_size num_experts num_experts_per_tok dim turned_pairs original_length "
+    "short_factor long_factor".split()
 )
 _COUNTS = frozenset({"groups", "kept_groups"})
 
 
 def layer_kinds(config: ModelConfig) -> list[Any]:
-    """For each layer a value that is equal where two layers take the same paths through the code."""
-    return [(_shared_heads(layer), _turned(layer), _kind(layer)) for layer in config.layers]
+    """For each layer a value that is equal where two layers take the same paths through the code.
+
+    Of rotary bases, which some families work out from a head's width, the order within the model is kept.
+    """
+    bases = sorted({rope.theta for rope in config.ropes})
+    return [(_shared_heads(layer), _turned(layer), _base(layer, bases), _kind(layer)) for layer in config.layers]
 
 
 def _kind(part: Any, name: str = "") -> Any:
@@ -46,3 +51,8 @@ def _turned(layer: LayerConfig) -> bool | None:
     if not isinstance(mixer, AttentionConfig) or mixer.rope is None:
         return None
     return mixer.rope.dim == mixer.head_dim
+
+
+def _base(layer: LayerConfig, bases: list[float]) -> int | None:
+    rope = None if isinstance(layer.mixer, DeltaNetConfig) else layer.mixer.rope
+    return None if rope is None else bases.index(rope.theta)

@@ -89,7 +89,9 @@ def _hidden(value: int, config: Config) -> int:
 def _head(value: int, config: Config) -> int:
     if (turned := config.get("qk_rope_head_dim")) is not None:
         return _turned_head(turned, config)
-    return min(value, _HEAD if _rotary_part(config) >= 0.5 else 2 * _HEAD)
+    # Where only a small part of these heads is turned, four pairs still are.
+    narrow = _rotary_part(config) >= 0.5 or config.get("global_head_dim")
+    return min(value, _HEAD if narrow else 2 * _HEAD)
 
 
 def _other_head(value: int, config: Config) -> int:

@@ -64,8 +64,8 @@ def _law(config: ModelConfig, role: str, inputs: int) -> Law:
         return lambda normal: normal
     if name.endswith("bias"):
         return lambda normal: 0.2 * normal
-    if name.endswith(("weight", "norm", "scale", "scalar")):
-        return partial(around, factor=_norm_factor(layer, name))
+    if name.endswith(("weight", "norm", "scale")):
+        return partial(around, factor=_norm_factor(config, layer, path[-1], name))
     gain = _gain(config, layer, path[-1], name)
     return lambda normal: gain * normal / math.sqrt(_fan_in(name, normal, inputs))
 
@@ -92,11 +92,13 @@ def _centre(config: ModelConfig) -> float:
 def _norm_centre(config: ModelConfig, layer: LayerConfig, part: str, name: str) -> float:
     """A norm's neutral weight. Norms inside latent and linear attention are of their own kind, plain; so are scales."""
     own = part == "attention" and not isinstance(layer.mixer, AttentionConfig)
-    return 1.0 if own or name.endswith(("scale", "scalar")) else _centre(config)
+    return 1.0 if own or name.endswith("scale") else _centre(config)
 
 
-def _norm_factor(layer: LayerConfig, name: str) -> float:
-    return _sharpness(layer) if name == "q_norm" else 1.0
+def _norm_factor(config: ModelConfig, layer: LayerConfig, part: str, name: str) -> float:
+    if name == "q_norm":
+        return _sharpness(layer)
+    return _branch(config) if part in ("attention_out_norm", "out_norm") else 1.0
 
 
 def _sharpness(layer: LayerConfig) -> float:
@@ -117,6 +119,8 @@ def _gain(config: ModelConfig, layer: LayerConfig, part: str, name: str) -> floa
             return 1.5 * _branch(config)
         normed = isinstance(mixer, AttentionConfig) and mixer.qk_norm != "none"
         return _sharpness(layer) if name in ("q", "q_b") and not normed else 1.0
+    if name == "router" and layer.side_by_side:
+        return math.sqrt(config.hidden_size)  # of an input over as much
     activation = layer.moe.activation if layer.moe is not None else config.activation
     if name == "gate_up":
         return _reach(activation)
@@ -135,8 +139,11 @@ def _weights(moe: MoEConfig | None) -> float:
 
 
 def _branch(config: ModelConfig) -> float:
-    """What a branch has to add to be seen in the stream."""
-    stream = _head_gain(config) * config.embedding_scale if config.tie_word_embeddings else 1.0
+    """What a branch has to add to be seen in the stream.
+
+    Tied embeddings that were still loud at the end would find themselves: each token would follow itself.
+    """
+    stream = 4 * _head_gain(config) * config.embedding_scale if config.tie_word_embeddings else 1.0
     return max(1.0, stream) / config.residual_scale
 
 
