@@ -45,11 +45,12 @@ class RouterConfig:
        chosen: the selection scores of the others become `masked_score`.
     4. The K experts with the largest selection scores are chosen; of exact ties the lower index.
     5. weights = the scores (without the correction) of the chosen, `weigh` "softmax" or "sigmoid" of those K scores.
+       An expert outside of the kept groups, should it be chosen for want of others, has score 0.
     6. `renormalise` divides them by their sum, `epsilon` added to it, or by `least_sum` where the sum is smaller.
     7. `scale` multiplies them, and with `expert_scale` a learned factor of the chosen expert (Gemma 4).
 
-    "sparsemixer" replaces all of these (PhiMoE): two experts, each weighed by a softmax over those logits whose
-    distance from the largest left is within 2 `jitter` of the scale.
+    "sparsemixer" replaces all of these (PhiMoE): the two largest logits, each weighed by a softmax over those logits l,
+    the larger ones left out, that are no farther below it than 2 `jitter` max(|l|, it).
 
     `bias` adds a learned bias to the logits (GPT-OSS).
     """
@@ -77,6 +78,7 @@ class MoEConfig:
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
     (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
+    `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -89,6 +91,7 @@ class MoEConfig:
     shared_gate: bool = False
     bias: bool = False
     scales_input: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok"):

@@ -12,7 +12,7 @@ from typing import Any
 from moejax.checkpoint.attention_entries import attention_entries
 from moejax.checkpoint.delta_net_entries import delta_net_entries
 from moejax.checkpoint.entries import Entry, LayerNames, whole_tensor
-from moejax.checkpoint.expert_entries import ExpertTensors, dense_entries, moe_entries
+from moejax.checkpoint.expert_entries import PACKED_ROLES, ExpertTensors, dense_entries, moe_entries
 from moejax.checkpoint.latent_attention_entries import latent_attention_entries
 from moejax.checkpoint.pieces import Piece, Plan
 from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig, NormConfig
@@ -51,7 +51,8 @@ def plan(config: ModelConfig, names: Mapping[str, str], experts: ExpertTensors, 
     for role, piece, shape in _entries(config, names, experts, layout):
         pieces[role].append(piece)
         shapes[piece.tensor] = shape
-    return Plan({role: tuple(parts) for role, parts in pieces.items()}, shapes)
+    packed = {piece.tensor for role, parts in pieces.items() if role.endswith(PACKED_ROLES) for piece in parts}
+    return Plan({role: tuple(parts) for role, parts in pieces.items()}, shapes, frozenset(packed))
 
 
 def _entries(

@@ -15,7 +15,7 @@ from moejax.families.fields import Fields
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "proportional")
 _KEYS = frozenset(
     "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
-    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor".split()
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha".split()
 )
 
 
@@ -79,14 +79,14 @@ def _rotated(fields: Fields, scaling: Fields, head_dim: int, partial_rotary: flo
 
 def unknown_rope_keys(raw: Mapping[str, Any]) -> list[str]:
     """Dotted names of the keys inside the rope object, or those of each layer type, that no supported kind reads."""
-    outer = _rope_object(Fields(raw))
+    outer = rope_fields(Fields(raw))
     inner = [Fields(v, f"{outer.prefix}{k}.") for k, v in outer.raw.items() if isinstance(v, Mapping)]
     return sorted(rope.prefix + key for rope in inner or [outer] for key in rope.raw if key not in _KEYS)
 
 
 def _scaling(fields: Fields, layer_type: str | None) -> Fields:
     """The rope object, the one that stands for `layer_type`."""
-    outer = _rope_object(fields)
+    outer = rope_fields(fields)
     name = outer.prefix[:-1]
     if layer_type is not None:
         inner = outer.raw.get(layer_type)
@@ -101,7 +101,8 @@ def _scaling(fields: Fields, layer_type: str | None) -> Fields:
     return outer
 
 
-def _rope_object(fields: Fields) -> Fields:
+def rope_fields(fields: Fields) -> Fields:
+    """The rope object that counts, empty where there is none."""
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     value = fields.raw.get(name)
     if value is None:

@@ -135,4 +135,9 @@ class Block(nnx.Module):
         return dense + self.moe_out_norm(sparse), details
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y if self.residual_scale == 1 else x + y * jnp.asarray(self.residual_scale, y.dtype)
+        return added(x, y, self.residual_scale)
+
+
+def added(x: jax.Array, y: jax.Array, scale: float) -> jax.Array:
+    """The stream with a branch's output added, scaled in f32 (a 16-bit scale would be off in all tokens alike)."""
+    return x + y if scale == 1 else x + (y.astype(jnp.float32) * scale).astype(y.dtype)
