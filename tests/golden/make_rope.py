@@ -41,6 +41,9 @@ CASES = {
     "llama3, context of the config": {
         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4},
     },
+    "proportional": {"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.3}},
+    "proportional, all pairs, stretched": {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+    "proportional, top-level part": {"rope_scaling": {"rope_type": "proportional"}, "partial_rotary_factor": 0.5},
 }
 
 

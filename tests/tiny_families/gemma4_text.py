@@ -93,11 +93,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 7,
         "num_key_value_heads": 5,
         "sliding_window": 5,
+        "tie_word_embeddings": False,
         "top_k_experts": 1,
         "torch_dtype": "float32",
         "vocab_size": 96,
     },
-    # No experts at all: the dense models of the family.
+    # No experts at all: the dense models of the family. Embeddings are tied where nothing is said.
     "gemma4_text_dense": {
         **_BASE,
         "attention_k_eq_v": True,
