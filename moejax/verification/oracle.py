@@ -85,9 +85,7 @@ class Oracle:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         for layer, params in zip(config.layers, self.layers(), strict=True):
             states.append(np.asarray(x, np.float32))
-            x, routing, margin = _layer(
-                config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments
-            )
+            x, routing, margin = _layer(config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments)
             if routing is not None:
                 experts.append(np.asarray(routing.experts))
                 margins.append(np.asarray(margin))
