@@ -5,6 +5,8 @@ from typing import Any
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.families.deepseek_v2 import DEEPSEEK_V2
+from moejax.families.deepseek_v3 import DEEPSEEK_V3
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.known_fields import SHARED_FIELDS
@@ -17,7 +19,7 @@ from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4)
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, DEEPSEEK_V2, DEEPSEEK_V3)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}

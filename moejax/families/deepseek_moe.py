@@ -84,6 +84,13 @@ def further_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     return tuple(f"model.layers.{first + index}.*" for index in range(max(counts)))
 
 
+def refuse_unread(fields: Fields, scoring: str, method: str | None = None) -> None:
+    """Refuses what DeepSeek's own code reads and transformers' models don't, unless it says what they do anyway."""
+    for name, value in (("scoring_func", scoring), ("moe_layer_freq", 1), ("topk_method", method)):
+        if value is not None and fields.raw.get(name) not in (None, value):
+            raise fields.error(name, f"is not supported; {value} is")
+
+
 _FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 _MLP = "model.layers.{l}.mlp."
 
@@ -99,3 +106,6 @@ DEEPSEEK_FIELDS = frozenset(
     "n_routed_experts num_local_experts n_shared_experts moe_intermediate_size first_k_dense_replace n_group "
     "topk_group norm_topk_prob routed_scaling_factor num_nextn_predict_layers num_mtp_layers".split()
 )
+
+ORIGINAL_FIELDS = frozenset("scoring_func moe_layer_freq topk_method ep_size aux_loss_alpha seq_aux".split())
+"""Of the configs as DeepSeek publishes them, whose own code reads them."""

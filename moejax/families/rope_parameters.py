@@ -40,7 +40,7 @@ def read_rope(
         MoejaxError: an unsupported kind, a part of the head where whole ones are turned, one rope per layer type, or a
             bad value.
     """
-    scaling = _scaling(fields)
+    scaling = rope_fields(fields)
     kind = scaling.raw.get("rope_type", scaling.raw.get("type", "default"))
     if kind not in _KINDS:
         raise MoejaxError(f"{scaling.prefix}rope_type={kind!r} is not supported; one of {', '.join(_KINDS)} is")
@@ -75,11 +75,16 @@ def _rotated(fields: Fields, scaling: Fields, head_dim: int, partial_rotary: flo
 
 def unknown_rope_keys(raw: Mapping[str, Any]) -> list[str]:
     """Dotted names of the keys inside the rope object that no supported kind reads."""
-    scaling = _scaling(Fields(raw))
+    scaling = rope_fields(Fields(raw))
     return sorted(scaling.prefix + key for key in scaling.raw if key not in _KEYS)
 
 
-def _scaling(fields: Fields) -> Fields:
+def rope_fields(fields: Fields) -> Fields:
+    """The fields inside the config's rope object; none where it has no such object.
+
+    Raises:
+        MoejaxError: no object, or one rope per layer type.
+    """
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     value = fields.raw.get(name)
     if value is None:
