@@ -28,7 +28,8 @@ class ClampedSwiGLU:
     limit: float
 
 
-Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"] | ClampedSwiGLU
+ActivationName: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation: TypeAlias = ActivationName | ClampedSwiGLU
 """What a gated MLP makes of gate and up: `f(gate) * up` with f by its name, or a form of its own."""
 
 
@@ -247,7 +248,7 @@ class DeltaNetConfig:
     key_dim: int
     value_dim: int
     kernel: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: ActivationName = "silu"
 
     def __post_init__(self) -> None:
         for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel"):

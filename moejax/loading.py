@@ -91,7 +91,7 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     """
     companions = [model.folder / name for name in COMPANIONS if (model.folder / name).is_file()]
     layout = checkpoint_plan(model.config, model.mesh)
-    raw = dict(model.raw_config)
+    raw = {name: value for name, value in model.raw_config.items() if name != "quantization_config"}
     if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
         raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)

@@ -11,6 +11,7 @@ from typing import Any
 from moejax.checkpoint.huggingface import check, settle_tied_head
 from moejax.checkpoint.pieces import Plan
 from moejax.checkpoint.plan import MeshLayout, plan
+from moejax.checkpoint.quantized import dequantised
 from moejax.checkpoint.safetensors import CheckpointFiles
 from moejax.checkpoint.source import read_json
 from moejax.config import ModelConfig
@@ -56,6 +57,7 @@ class Checkpoint:
         patterns = family.left_out(text)
         others += [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
         files = CheckpointFiles(folder, {name: info for name, info in tensors.items() if name not in set(others)})
+        files = dequantised(files, text.get("quantization_config"))
         config, files = settle_tied_head(config, family.names, files)
         return cls(folder, text, config, family, files, _summary(others))
 

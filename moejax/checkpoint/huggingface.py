@@ -219,7 +219,7 @@ def _place(buffer: np.ndarray, piece: Piece, data: np.ndarray) -> None:
     # As integers: numpy copies its own dtypes faster than bfloat16, and lets other threads run meanwhile.
     bits = np.dtype(f"u{buffer.itemsize}")
     region, target = data.view(bits)[piece.source], buffer.view(bits)[piece.dest]
-    region = region.reshape(region.shape[region.ndim - target.ndim :])
+    region = region.squeeze(piece.lost)
     if not piece.transpose:
         target[...] = region
         return

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from moejax.checkpoint.attention_entries import attention_entries
+from moejax.checkpoint.delta_net_entries import delta_net_entries
 from moejax.checkpoint.entries import Entry, LayerNames, whole_tensor
 from moejax.checkpoint.expert_entries import ExpertTensors, dense_entries, moe_entries
 from moejax.checkpoint.latent_attention_entries import latent_attention_entries
 from moejax.checkpoint.pieces import Piece, Plan
-from moejax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, NormConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig, NormConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class MeshLayout:
 MIXER_ENTRIES: dict[type, Callable[[Any, NormConfig, int, LayerNames, int], Iterator[Entry]]] = {
     AttentionConfig: attention_entries,
     LatentAttentionConfig: latent_attention_entries,
+    DeltaNetConfig: delta_net_entries,
 }
 """For each kind of mixer: (config, norm, model width, names, tp) -> entries."""
 

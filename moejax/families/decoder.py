@@ -2,16 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from moejax.config import AttentionConfig, LayerConfig, MoEConfig, NormConfig
+from moejax.config import ActivationName, AttentionConfig, LayerConfig, MoEConfig, NormConfig
 from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 from moejax.families.rope_parameters import read_rope
 
 # transformers' names for functions that are equal in float32; gelu_fast spells sqrt(2/pi) with ten digits.
-ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu"]
-
 _ACTIVATIONS: Mapping[str, ActivationName] = {
     "silu": "silu",
     "swish": "silu",
@@ -29,7 +27,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields that transformers honours for any model and that would change the numbers: each with the values that do not.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "per_layer_config": (None,),
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),

@@ -9,10 +9,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config import AttentionConfig, LatentAttentionConfig, ModelConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig
 from moejax.moe.layer import MoE, MoEDetails, Parallel
 from moejax.nn.attention import Attention
 from moejax.nn.cache import Cache
+from moejax.nn.delta_net import DeltaNet
 from moejax.nn.latent_attention import LatentAttention
 from moejax.nn.mlp import DenseMLP
 from moejax.nn.norm import Norm
@@ -20,7 +21,7 @@ from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.sharding import AnyMesh
 
-MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention}
+MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention, DeltaNetConfig: DeltaNet}
 """The module of each kind of mixer."""
 
 

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import DeltaNetConfig, NormConfig
+from moejax.moe.activations import named_activation
 from moejax.moe.layer import sharded_param
-from moejax.moe.params import activate
 from moejax.nn.delta_rule import chunked, recurrent, restarts_of
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
@@ -192,7 +192,7 @@ class DeltaNet(nnx.Module):
 
     def _convolved(self, params: Params, inputs: Triple, restarts: jax.Array | None = None) -> Triple:
         q, k, v = (
-            activate(convolve(a, params[f"conv_{name}"], restarts), self.config.activation)
+            named_activation(convolve(a, params[f"conv_{name}"], restarts), self.config.activation)
             for name, a in zip("qkv", inputs, strict=True)
         )
         return q, k, v

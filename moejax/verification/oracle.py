@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.huggingface import load_parameters
-from moejax.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
 from moejax.model import finished_logits
@@ -29,11 +29,13 @@ from moejax.nn.places import Places
 from moejax.opening import Checkpoint
 from moejax.precision import precision_of
 from moejax.verification.attention import attention_reference
+from moejax.verification.delta_net import delta_net_reference
 from moejax.verification.latent_attention import latent_attention_reference
 
 REFERENCES: dict[type, Callable[..., jax.Array]] = {
     AttentionConfig: attention_reference,
     LatentAttentionConfig: latent_attention_reference,
+    DeltaNetConfig: lambda params, config, norm, x, _, segments: delta_net_reference(params, config, norm, x, segments),
 }
 """For each kind of mixer: (params, config, norm, x, places, segments) -> y."""
 
