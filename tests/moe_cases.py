@@ -1,8 +1,9 @@
 """Small mixture-of-experts blocks, adversarial routings and numpy oracles, shared by the tests of the core."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import ExpertParams, Routing, dense_moe
+from moejax.config import Activation, ClampedSwiGLU
 from moejax.moe.router import NOWHERE
 
 # Machine code is made faster and runs slower; the collectives and the arithmetic are the same.
@@ -19,7 +21,7 @@ MESHES = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Block:
     """The static sizes of one block and its tokens."""
 
@@ -30,6 +32,14 @@ class Block:
     chosen: int = 2
     shared: int = 0
     gated: bool = False
+    bias: bool = False
+    activation: Activation = "silu"
+    scales_input: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What experts do, as `moe` and `dense_moe` take it."""
+        return {"activation": self.activation, "scales_input": self.scales_input}
 
     def params(self, seed: int = 0) -> ExpertParams:
         """Weights that keep outputs near 1."""
@@ -41,6 +51,8 @@ class Block:
             shared_gate_up=normal(rng, d, 2, s, scale=d**-0.5) if s else None,
             shared_down=normal(rng, s, d, scale=s**-0.5) if s else None,
             shared_gate=normal(rng, d) if self.gated else None,
+            gate_up_bias=normal(rng, e, 2, f) if self.bias else None,
+            down_bias=normal(rng, e, d) if self.bias else None,
         )
 
     def x(self, seed: int = 1) -> jax.Array:
@@ -74,6 +86,14 @@ class Block:
         return {name: Routing(weights, jnp.asarray(chosen, jnp.int32)) for name, chosen in experts.items()}
 
 
+EVEN = Block(shared=8)
+# 4 and 8 cut 30 tokens unevenly; 6 experts leave slots empty; tp=4 divides neither 18 columns nor a hidden width.
+ODD = Block(tokens=30, width=18, hidden=9, experts=6, chosen=3, shared=5, gated=True)
+# GPT-OSS and Llama 4, but for shared experts and biases that they lack. The limit is low enough to clamp.
+CLAMPED = dataclasses.replace(ODD, bias=True, activation=ClampedSwiGLU(alpha=1.702, limit=0.7))
+SCALED = dataclasses.replace(EVEN, bias=True, scales_input=True)
+
+
 def normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)
 
@@ -92,6 +112,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 oracle = compiled(dense_moe)
+
+
+@functools.cache
+def oracle_of(block: Block) -> Callable[..., Any]:
+    """The oracle of what the block's experts do."""
+    return compiled(functools.partial(dense_moe, **block.options))
 
 
 def capacity_of(tokens: int, block: Block, factor: float) -> int:

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from moe_cases import (
+    CLAMPED,
+    EVEN,
     MESHES,
+    ODD,
+    SCALED,
     Block,
     capacity_of,
     cell_rows,
     compiled,
     keep_first,
     oracle,
+    oracle_of,
     relative,
     waves_of,
 )
@@ -24,9 +29,6 @@ from moe_cases import (
 from moejax import ExpertParams, MoejaxError, Routing, moe
 from moejax.moe.router import NOWHERE
 
-EVEN = Block(shared=8)
-# 4 and 8 cut 30 tokens unevenly; 6 experts leave slots empty; tp=4 divides neither 18 columns nor a hidden width.
-ODD = Block(tokens=30, width=18, hidden=9, experts=6, chosen=3, shared=5, gated=True)
 ALL = Block(tokens=24, hidden=8, experts=4, chosen=4)
 SMALL = Block(tokens=24, experts=4)
 NINE_SLOTS = Block(tokens=31, experts=8, hidden=7)
@@ -39,13 +41,23 @@ FAST_CASES = [
     ("ep=2,tp=4", EVEN, 1),
     ("ep=8,tp=1", ODD, 1),
     ("ep=3,tp=2", NINE_SLOTS, 1),
+    ("ep=4,tp=2", CLAMPED, 2),
+    ("ep=2,tp=4", SCALED, 1),
 ]
-FAST_REPLICATED = [("ep=4,tp=2", ODD), ("ep=2,tp=4", EVEN), ("ep=8,tp=1", ODD), ("ep=3,tp=2", NINE_SLOTS)]
+FAST_REPLICATED = [
+    ("ep=4,tp=2", ODD),
+    ("ep=2,tp=4", EVEN),
+    ("ep=8,tp=1", ODD),
+    ("ep=3,tp=2", NINE_SLOTS),
+    ("ep=2,tp=4", CLAMPED),
+    ("ep=4,tp=2", SCALED),
+]
+BLOCKS = (EVEN, ODD, ALL, NINE_SLOTS, CLAMPED, SCALED)
 
 
 def slow_cases():
     for spec in MESHES:
-        for block in (EVEN, ODD, ALL, NINE_SLOTS):
+        for block in BLOCKS:
             per_device = -(-block.experts // sizes(spec)[0])
             for chunks in range(1, per_device + 1):
                 if per_device % chunks == 0 and (spec, block, chunks) not in FAST_CASES:
@@ -87,11 +99,11 @@ def documented_bytes(strategy, block, ep, tp, chunks, waves):
 
 
 def check_every_routing(mesh, spec, block, strategy, chunks):
-    run = compiled(functools.partial(moe, mesh=mesh(spec), strategy=strategy, chunks=chunks))
+    run = compiled(functools.partial(moe, mesh=mesh(spec), strategy=strategy, chunks=chunks, **block.options))
     x, params = block.x(), block.params()
     for name, routing in block.routings().items():
         y, accounting = run(x, params, routing)
-        assert relative(y, oracle(x, params, routing)) < 1e-5, name
+        assert relative(y, oracle_of(block)(x, params, routing)) < 1e-5, name
         check_accounting(accounting, routing, block, spec, strategy, chunks)
 
 
@@ -107,7 +119,7 @@ def test_all_to_all_equals_the_oracle(mesh, spec, block, chunks):
         *(
             pytest.param(spec, block, marks=pytest.mark.slow)
             for spec in MESHES
-            for block in (EVEN, ODD, ALL, NINE_SLOTS)
+            for block in BLOCKS
             if (spec, block) not in FAST_REPLICATED
         ),
     ],
@@ -128,16 +140,16 @@ def test_routings_are_adversarial():
 @pytest.mark.parametrize("factor", [0.5, 1.25])
 @pytest.mark.parametrize(
     ("spec", "block", "chunks"),
-    [("ep=4,tp=2", ODD, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in FAST_CASES if case[2] != 2)],
+    [("ep=4,tp=2", CLAMPED, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in FAST_CASES if case[2] != 2)],
 )
 def test_capacity_factor_drops_what_gshard_drops(mesh, spec, block, chunks, factor):
-    run = compiled(functools.partial(moe, mesh=mesh(spec), capacity_factor=factor, chunks=chunks))
+    run = compiled(functools.partial(moe, mesh=mesh(spec), capacity_factor=factor, chunks=chunks, **block.options))
     x, params, ep = block.x(), block.params(), sizes(spec)[0]
     drops = {}
     for name, routing in block.routings().items():
         y, accounting = run(x, params, routing)
         kept, drops[name] = keep_first(routing, ep, capacity_of(-(-block.tokens // ep), block, factor))
-        assert relative(y, oracle(x, params, kept)) < 1e-5, name
+        assert relative(y, oracle_of(block)(x, params, kept)) < 1e-5, name
         assert (int(accounting.dropped), int(accounting.waves)) == (drops[name], 1), name
         experts = np.asarray(routing.experts)
         asked = np.bincount(experts[experts != NOWHERE], minlength=block.experts)
@@ -145,27 +157,47 @@ def test_capacity_factor_drops_what_gshard_drops(mesh, spec, block, chunks, fact
     assert drops["ties"] > 0 and drops["one token"] == 0
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_activation_reaches_the_experts(activation):
-    x, params, routing = ODD.x(), ODD.params(), ODD.routings()["spread"]
-    y, _ = compiled(functools.partial(moe, activation=activation))(x, params, routing)
-    want = compiled(functools.partial(dense_by_hand, activation=activation))(x, params, routing)
-    assert relative(y, want) < 1e-5
+HIDDEN = {
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "relu": lambda gate, up: jnp.where(gate > 0, gate, 0.0) * up,
+    CLAMPED.activation: lambda gate, up: (
+        jnp.where(gate > 0.7, 0.7, gate)
+        / (1 + jnp.exp(-1.702 * jnp.where(gate > 0.7, 0.7, gate)))
+        * (1 + jnp.where(jnp.abs(up) > 0.7, 0.7 * jnp.sign(up), up))
+    ),
+}
 
 
-def dense_by_hand(x, params, routing, activation):
+@pytest.mark.parametrize(
+    ("activation", "scales_input"),
+    [
+        ("gelu", False),
+        ("gelu_tanh", False),
+        ("relu", True),
+        *((CLAMPED.activation, scales) for scales in (False, True)),
+    ],
+)
+def test_activation_reaches_the_experts(activation, scales_input):
+    block = dataclasses.replace(CLAMPED, activation=activation, scales_input=scales_input)
+    x, params, routing = block.x(), block.params(), block.routings()["spread"]
+    want = compiled(functools.partial(dense_by_hand, HIDDEN[activation], scales_input))(x, params, routing)
+    assert relative(compiled(functools.partial(moe, **block.options))(x, params, routing)[0], want) < 1e-5
+    assert relative(oracle_of(block)(x, params, routing), want) < 1e-5
+
+
+def dense_by_hand(hidden, scales_input, x, params, routing):
     """Another oracle, in other words: gathers each token's matrices."""
-    act = {
-        "gelu": functools.partial(jax.nn.gelu, approximate=False),
-        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-        "relu": jax.nn.relu,
-    }[activation]
-    up = params.gate_up[routing.experts]  # T K D 2 F
-    both = jnp.einsum("td,tkdcf->tkcf", x, up)
-    rows = jnp.einsum("tkf,tkfd->tkd", act(both[:, :, 0]) * both[:, :, 1], params.down[routing.experts])
+    before, after = jnp.ones_like(routing.weights), routing.weights
+    if scales_input:
+        before, after = after, before
+    both = jnp.einsum("td,tk,tkdcf->tkcf", x, before, params.gate_up[routing.experts])
+    both = both + params.gate_up_bias[routing.experts]
+    rows = jnp.einsum("tkf,tkfd->tkd", hidden(both[:, :, 0], both[:, :, 1]), params.down[routing.experts])
+    rows = rows + params.down_bias[routing.experts]
     shared = jnp.einsum("td,dcf->tcf", x, params.shared_gate_up)
-    shared = jnp.einsum("tf,fd->td", act(shared[:, 0]) * shared[:, 1], params.shared_down)
-    return jnp.einsum("tkd,tk->td", rows, routing.weights) + shared * jax.nn.sigmoid(x @ params.shared_gate)[:, None]
+    shared = jnp.einsum("tf,fd->td", hidden(shared[:, 0], shared[:, 1]), params.shared_down)
+    return jnp.einsum("tkd,tk->td", rows, after) + shared * jax.nn.sigmoid(x @ params.shared_gate)[:, None]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -232,16 +264,19 @@ def test_not_inside_another_shard_map(mesh):
 
 def test_empty_slots_may_be_there_already(mesh):
     """As loaded layers hold them: padded weights and the true number of experts."""
-    x, params, routing = ODD.x(), ODD.params(), ODD.routings()["spread"]
+    x, params, routing = CLAMPED.x(), CLAMPED.params(), CLAMPED.routings()["spread"]
     padded = ExpertParams(
         gate_up=jnp.pad(params.gate_up, ((0, 2), (0, 0), (0, 0), (0, 1))),
         down=jnp.pad(params.down, ((0, 2), (0, 1), (0, 0))),
         shared_gate_up=params.shared_gate_up,
         shared_down=params.shared_down,
         shared_gate=params.shared_gate,
+        gate_up_bias=jnp.pad(params.gate_up_bias, ((0, 2), (0, 0), (0, 1))),
+        down_bias=jnp.pad(params.down_bias, ((0, 2), (0, 0))),
     )
-    y, accounting = compiled(functools.partial(moe, mesh=mesh("ep=4,tp=2"), num_experts=6))(x, padded, routing)
-    assert relative(y, oracle(x, params, routing)) < 1e-5
+    function = functools.partial(moe, mesh=mesh("ep=4,tp=2"), num_experts=6, **CLAMPED.options)
+    y, accounting = compiled(function)(x, padded, routing)
+    assert relative(y, oracle_of(CLAMPED)(x, params, routing)) < 1e-5
     assert accounting.tokens_per_expert.shape == (6,)
 
 

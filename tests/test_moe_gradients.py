@@ -8,12 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import collectives
-from moe_cases import FAST, MESHES, Block, capacity_of, compiled, keep_first, normal, oracle, relative, waves_of
+from moe_cases import (
+    CLAMPED,
+    EVEN,
+    FAST,
+    MESHES,
+    ODD,
+    SCALED,
+    Block,
+    capacity_of,
+    compiled,
+    keep_first,
+    normal,
+    oracle,
+    relative,
+    waves_of,
+)
 
 from moejax import Routing, dense_moe, moe
-
-EVEN = Block(shared=8)
-ODD = Block(tokens=30, width=18, hidden=9, experts=6, chosen=3, shared=5, gated=True)
 
 
 def gradients(block_function, cotangent):
@@ -37,14 +49,14 @@ def cotangent_of(block):
 
 @functools.cache
 def oracle_gradients(block):
-    return compiled(gradients(dense_moe, cotangent_of(block)))
+    return compiled(gradients(functools.partial(dense_moe, **block.options), cotangent_of(block)))
 
 
 def check(run, block, routings, kept=lambda routing: routing):
     x, params = block.x(), block.params()
     for name, routing in routings.items():
         got, want = run(x, params, routing), oracle_gradients(block)(x, params, kept(routing))
-        assert got.keys() == want.keys() and len(got) == 4 + 2 * bool(block.shared) + block.gated
+        assert got.keys() == want.keys() and len(got) == 4 + 2 * bool(block.shared) + block.gated + 2 * block.bias
         chosen = np.asarray(kept(routing).experts) >= 0
         for tensor in got:
             a, b = got[tensor], want[tensor]
@@ -54,11 +66,24 @@ def check(run, block, routings, kept=lambda routing: routing):
             assert relative(a, b) < 1e-4, f"{tensor} of {name!r}"
 
 
-FAST_CASES = [("ep=4,tp=2", ODD, 1), ("ep=2,tp=4", EVEN, 1)]
+FAST_CASES = [
+    ("ep=4,tp=2", ODD, 1),
+    ("ep=2,tp=4", EVEN, 1),
+    ("ep=2,tp=4", CLAMPED, 1),
+    ("ep=4,tp=2", SCALED, 1),
+]
+FAST_REPLICATED = [
+    ("ep=4,tp=2", EVEN, 1),
+    ("ep=2,tp=4", ODD, 1),
+    ("ep=4,tp=2", CLAMPED, 1),
+    ("ep=2,tp=4", SCALED, 1),
+]
 
 
 def with_slow(cases):
-    rest = [(spec, block, 1) for spec in MESHES for block in (EVEN, ODD) if (spec, block, 1) not in cases]
+    rest = [
+        (spec, block, 1) for spec in MESHES for block in (EVEN, ODD, CLAMPED, SCALED) if (spec, block, 1) not in cases
+    ]
     return [
         *cases,
         *(
@@ -72,13 +97,13 @@ def with_slow(cases):
 def test_all_to_all(mesh, spec, block, chunks):
     routings, ep = block.routings(), int(spec[3])
     assert ep == 1 or max(waves_of(routing, block, ep, chunks) for routing in routings.values()) > 1
-    function = functools.partial(moe, mesh=mesh(spec), strategy="all_to_all", chunks=chunks)
+    function = functools.partial(moe, mesh=mesh(spec), strategy="all_to_all", chunks=chunks, **block.options)
     check(compiled(gradients(lambda *a: function(*a)[0], cotangent_of(block))), block, routings)
 
 
-@pytest.mark.parametrize(("spec", "block", "chunks"), with_slow([("ep=4,tp=2", EVEN, 1), ("ep=2,tp=4", ODD, 1)]))
+@pytest.mark.parametrize(("spec", "block", "chunks"), with_slow(FAST_REPLICATED))
 def test_all_reduce(mesh, spec, block, chunks):
-    function = functools.partial(moe, mesh=mesh(spec), strategy="all_reduce")
+    function = functools.partial(moe, mesh=mesh(spec), strategy="all_reduce", **block.options)
     check(compiled(gradients(lambda *a: function(*a)[0], cotangent_of(block))), block, block.routings())
 
 

@@ -19,6 +19,7 @@ from moejax.model import Options, lay
 from moejax.moe.params import expert_specs
 
 BLOCK = Block(tokens=32, width=16, hidden=12, experts=8, chosen=2, shared=8, gated=True)
+SCALED = dataclasses.replace(BLOCK, bias=True, scales_input=True)
 WHOLE_ROWS = dataclasses.replace(BLOCK, width=18)
 TIGHT = dataclasses.replace(BLOCK, tokens=4, chosen=1)  # one pair a device cannot overflow a cell: no loop at all
 
@@ -41,7 +42,7 @@ def placed(mesh, block, strategy, routing):
 def program(spec, block, strategy, chunks=1):
     mesh = moejax.make_mesh(spec)
     arguments = placed(mesh, block, strategy, balanced(block))
-    function = jax.jit(functools.partial(moe, mesh=mesh, strategy=strategy, chunks=chunks))
+    function = jax.jit(functools.partial(moe, mesh=mesh, strategy=strategy, chunks=chunks, **block.options))
     run = function.lower(*arguments).compile(FAST)
     return collectives(run.as_text(), mesh), run(*arguments)
 
@@ -57,7 +58,7 @@ def brief(found, loop):
     return Counter(c.brief() for c in found if c.loop == loop)
 
 
-@pytest.mark.parametrize("block", [BLOCK, WHOLE_ROWS])
+@pytest.mark.parametrize("block", [BLOCK, WHOLE_ROWS, SCALED])
 def test_a_replicated_stream_has_one_all_reduce(block):
     """Shared expert and hidden width inside it; also where tp does not divide the rows."""
     found, (y, accounting) = program("ep=4,tp=2", block, "all_reduce")
@@ -85,6 +86,7 @@ def test_axes_of_one_device_have_no_collective(spec, axis, strategy):
         ("ep=4,tp=2", BLOCK, 1),
         ("ep=4,tp=2", BLOCK, 2),
         ("ep=4,tp=2", TIGHT, 1),
+        ("ep=4,tp=2", SCALED, 1),
         pytest.param("ep=2,tp=4", BLOCK, 4, marks=pytest.mark.slow),
         pytest.param("ep=4,tp=2", dataclasses.replace(BLOCK, shared=0, gated=False), 1, marks=pytest.mark.slow),
     ],

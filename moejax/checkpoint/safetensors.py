@@ -10,20 +10,27 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeAlias
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moejax.checkpoint.pieces import Window, extents
+from moejax.checkpoint.pieces import Window
 from moejax.errors import MoejaxError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""Dtypes of values."""
+
+ENCODED = {"U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""Dtypes of quantised weights, which mean nothing without their scales; `quantized.dequantised` gives their values."""
+
+Fetch: TypeAlias = Callable[["TensorInfo", Window], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,15 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
     offset: int
+
+    @property
+    def major(self) -> tuple[int, ...]:
+        """The axes as they lie in the file, the outermost first; cut along the first, regions stay contiguous."""
+        return tuple(range(len(self.shape)))
+
+    def read(self, region: Window, fetch: Fetch) -> np.ndarray:
+        """The values of a region; `fetch` reads what is stored."""
+        return fetch(self, region)
 
 
 class CheckpointFiles:
@@ -72,25 +88,32 @@ class CheckpointFiles:
             os.close(self._descriptors.popitem()[1])
 
     def read(self, name: str, region: Window) -> np.ndarray:
-        """A region of a tensor, explicit start and stop on every axis, in the tensor's own dtype.
+        """A region of a tensor in the tensor's own dtype; slices have explicit start and stop, and may have a step.
 
-        Only the region's own bytes are read, one call for each contiguous run of them. Threads may read at once.
+        Only the region's own bytes are read, one call for each contiguous run of them; where the step is within a run,
+        all of the run. Threads may read at once.
 
         Raises:
             MoejaxError: a dtype that moejax does not read, or a file that ends early.
         """
         info = self.tensors[name]
-        dtype = DTYPES.get(info.dtype)
-        if dtype is None:
+        if info.dtype not in DTYPES | ENCODED:
             raise MoejaxError(unsupported(name, info))
-        run, offsets = _runs(info.shape, region)
-        data = np.empty(math.prod(extents(region)) * dtype.itemsize, np.uint8)
-        view, size = data.data, run * dtype.itemsize
+        return info.read(region, self._fetch)
+
+    def _fetch(self, info: TensorInfo, region: Window) -> np.ndarray:
+        dtype, indices = (DTYPES | ENCODED)[info.dtype], ranges(region)
+        run, offsets = _runs(info.shape, indices)
+        count = math.prod(run) * dtype.itemsize
+        outer = tuple(map(len, indices[: len(indices) - len(run)]))
+        data = np.empty(math.prod(outer) * count, np.uint8)
+        view = data.data
         descriptor = self._descriptor(info.file)
         for number, offset in enumerate(offsets):
-            target = view[number * size : (number + 1) * size]
+            target = view[number * count : (number + 1) * count]
             _read_exactly(descriptor, target, info.offset + offset * dtype.itemsize, info.file)
-        return data.view(dtype).reshape(extents(region))
+        steps = tuple(slice(None, None, index.step) for index in indices[len(outer) :])
+        return data.view(dtype).reshape(outer + run)[..., *steps]
 
     def _descriptor(self, file: Path) -> int:
         with self._opening:
@@ -107,19 +130,29 @@ def unsupported(name: str, info: TensorInfo) -> str:
     )
 
 
-def _runs(shape: tuple[int, ...], region: Window) -> tuple[int, Iterator[int]]:
-    """The length of a region's contiguous runs and where each starts, both in elements."""
+def ranges(region: Window) -> tuple[range, ...]:
+    """The indices that a region selects along each axis."""
+    return tuple(range(part.start, part.stop, part.step or 1) for part in region)
+
+
+def _runs(shape: tuple[int, ...], indices: Sequence[range]) -> tuple[tuple[int, ...], Iterator[int]]:
+    """The shape of the contiguous runs that hold a region, and where each starts, counted in elements.
+
+    A run spans all that lies between its first and its last element; axes outside it are stepped through.
+    """
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     axis = len(shape) - 1
-    while axis > 0 and (region[axis].start, region[axis].stop) == (0, shape[axis]):
+    while axis > 0 and indices[axis] == range(shape[axis]):
         axis -= 1
-    length = (region[axis].stop - region[axis].start) * strides[axis] if shape else 1
-    first = region[axis].start * strides[axis] if shape else 0
+    if not shape:
+        return (), iter([0])
+    span = indices[axis][-1] + 1 - indices[axis].start if indices[axis] else 0
     outer = (
-        range(part.start * stride, part.stop * stride, stride)
-        for part, stride in zip(region[:axis], strides, strict=False)
+        range(index.start * stride, index.stop * stride, index.step * stride)
+        for index, stride in zip(indices[:axis], strides, strict=False)
     )
-    return length, (first + sum(corner) for corner in itertools.product(*outer))
+    first = indices[axis].start * strides[axis]
+    return (span, *shape[axis + 1 :]), (first + sum(corner) for corner in itertools.product(*outer))
 
 
 def _read_exactly(descriptor: int, target: memoryview, offset: int, file: Path) -> None:

@@ -7,7 +7,9 @@ from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.glm4_moe import GLM4_MOE
+from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.known_fields import SHARED_FIELDS
+from moejax.families.llama4 import LLAMA4
 from moejax.families.mixtral import MIXTRAL
 from moejax.families.olmoe import OLMOE
 from moejax.families.qwen2_moe import QWEN2_MOE
@@ -16,7 +18,7 @@ from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE)
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, GLM4_MOE)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}

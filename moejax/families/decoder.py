@@ -1,6 +1,6 @@
 """The part of a config.json that all families share: sizes, attention, rope, tokens, and what is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,7 +42,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What transformers fills in for a family's absent fields; `num_key_value_heads` None means as many as heads."""
+    """What transformers fills in for a family's absent fields.
+
+    `num_key_value_heads` None means as many as heads, `head_dim` None the model width divided by them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -52,6 +55,7 @@ class Defaults:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float = 10_000.0
+    head_dim: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
@@ -68,7 +72,10 @@ def read_attention(
         switches: further fields of AttentionConfig.
     """
     heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
-    head_dim = fields.optional_integer("head_dim") or fields.integer("hidden_size", defaults.hidden_size) // heads
+    head_dim = (
+        fields.optional_integer("head_dim", defaults.head_dim)
+        or fields.integer("hidden_size", defaults.hidden_size) // heads
+    )
     longest = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
     return AttentionConfig(
         num_heads=heads,
@@ -79,13 +86,17 @@ def read_attention(
     )
 
 
-def read_decoder(fields: Fields, defaults: Defaults) -> dict[str, Any]:
+def read_decoder(fields: Fields, defaults: Defaults, honours: Collection[str] = ()) -> dict[str, Any]:
     """The ModelConfig fields that every family reads alike, by name.
+
+    Args:
+        fields, defaults: the config and what it leaves out.
+        honours: fields that other families must refuse and this one reads itself.
 
     Raises:
         MoejaxError: a value of the wrong kind, or a field that changes the numbers and is not supported.
     """
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, honours)
     return {
         "vocab_size": fields.integer("vocab_size", defaults.vocab_size),
         "hidden_size": fields.integer("hidden_size", defaults.hidden_size),
@@ -119,9 +130,9 @@ def read_activation(fields: Fields, field: str = "hidden_act", default: str = "s
     return _ACTIVATIONS[name]
 
 
-def read_layer_types(fields: Fields, num_layers: int) -> tuple[bool, ...] | None:
-    """Whether each layer is windowed, where the config lists `layer_types`; None where it does not."""
-    kinds = {"full_attention": False, "attention": False, "sliding_attention": True}
+def read_layer_types(fields: Fields, num_layers: int, near: str = "sliding_attention") -> tuple[bool, ...] | None:
+    """Whether each layer is of the kind `near` rather than full, where the config lists `layer_types`; else None."""
+    kinds = {"full_attention": False, "attention": False, near: True}
     value = fields.raw.get("layer_types")
     if value is None:
         return None
@@ -130,7 +141,7 @@ def read_layer_types(fields: Fields, num_layers: int) -> tuple[bool, ...] | None
     for layer, kind in enumerate(value):
         if kind not in kinds:
             raise MoejaxError(
-                f"config field layer_types[{layer}]={kind!r} is not supported; full_attention and sliding_attention are"
+                f"config field layer_types[{layer}]={kind!r} is not supported; full_attention and {near} are"
             )
     if len(value) != num_layers:
         raise MoejaxError(f"config field layer_types names {len(value)} layers but num_hidden_layers={num_layers}")
@@ -162,9 +173,9 @@ def no_windows(fields: Fields, num_layers: int) -> tuple[None, ...]:
     return (None,) * num_layers
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: Fields, honours: Collection[str]) -> None:
     for name, harmless in _UNSUPPORTED.items():
-        if fields.raw.get(name) not in harmless:
+        if name not in honours and fields.raw.get(name) not in harmless:
             raise fields.error(name, "is not supported and would change the numbers")
 
 

@@ -101,8 +101,8 @@ def _original_length(fields: Fields, scaling: Fields, max_position_embeddings: i
 
 def _llama3(scaling: Fields, rope: RopeConfig, original: int) -> RopeConfig:
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    if high <= low:
-        raise scaling.error("high_freq_factor", f"must be above low_freq_factor={low}")
+    if high < low:
+        raise scaling.error("high_freq_factor", f"must not be below low_freq_factor={low}")
     return replace(
         rope,
         kind="llama3",

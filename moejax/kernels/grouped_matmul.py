@@ -2,7 +2,7 @@
 
 XLA's own `ragged_dot` is a dense expansion on CPU and GPU (every row times every group's matrix). Here a loop walks
 over tiles of rows that belong to one group: the work is that of the rows present, and matrices of empty groups are
-never read.
+never read. Packed matrices are unpacked one at a time, inside the loop.
 """
 
 from typing import TypeAlias
@@ -10,9 +10,11 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.precision import precision_of
+from moejax.quantization.packed import PackedMatrix
 from moejax.sharding import pad_axis, varying_as
 
 LARGEST_TILE = 128
@@ -22,53 +24,71 @@ Tiles: TypeAlias = tuple[Int[Array, " G"], Int[Array, " G"], Int[Array, " G"]]
 
 
 def grouped_matmul(
-    x: Float[Array, "M K"], w: Float[Array, "G K N"], group_sizes: Int[Array, " G"]
+    x: Float[Array, "M K"], w: Float[Array, "G K N"] | PackedMatrix, group_sizes: Int[Array, " G"]
 ) -> Float[Array, "M N"]:
     """`y[i] = x[i] @ w[g]` for each row i of group g; rows past the last group give zeros.
 
     Args:
       x: rows sorted by group: the first `group_sizes[0]` rows belong to group 0, and so on.
-      w: one matrix a group, of x's dtype.
+      w: one matrix a group, of x's dtype, or packed.
       group_sizes: rows of each group, int32, their sum at most M.
 
     Returns:
-      The products, in x's dtype, accumulated in f32. Differentiable in `x` and `w`; the gradient of an empty group's
-      matrix is zero.
+      The products, in x's dtype, accumulated in f32. Differentiable in `x` and in a dense `w`; the gradient of an empty
+      group's matrix is zero.
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
     # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
     # devices.
-    return _grouped_matmul(varying_as(x, w, group_sizes), varying_as(w, x, group_sizes), varying_as(group_sizes, x, w))
+    parts = jax.tree.leaves(w)
+    w = jax.tree.map(lambda part: varying_as(part, x, *parts, group_sizes), w)
+    return _grouped_matmul(varying_as(x, *parts, group_sizes), w, varying_as(group_sizes, x, *parts))
 
 
 @jax.custom_vjp
-def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    rows = _tile_rows(x.shape[0], w.shape[0])
+def _grouped_matmul(x: jax.Array, w: jax.Array | PackedMatrix, group_sizes: jax.Array) -> jax.Array:
+    return _products(x, w, group_sizes, transposed=False)
+
+
+def _products(x: jax.Array, w: jax.Array | PackedMatrix, group_sizes: jax.Array, transposed: bool) -> jax.Array:
+    """`x[i] @ w[g]`, or `x[i] @ w[g].T`, tile by tile."""
+    groups, inputs, outputs = w.shape
+    rows = _tile_rows(x.shape[0], groups)
     tiles = _tiles(group_sizes, rows)
     padded = pad_axis(x, 0, x.shape[0] + rows)
 
     def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, out = state
         group, start, _ = _tile(tiles, i, rows)
-        product = _dot(
-            lax.dynamic_slice_in_dim(padded, start, rows), lax.dynamic_index_in_dim(w, group, keepdims=False)
-        )
+        matrix = _matrix(w, group, x.dtype)
+        product = _dot(lax.dynamic_slice_in_dim(padded, start, rows), matrix.T if transposed else matrix)
         # Rows past the group's end are overwritten by the next group's tiles, which come later.
         return i + 1, lax.dynamic_update_slice_in_dim(out, product, start, 0)
 
-    out = _walk(tiles, step, jnp.zeros((padded.shape[0], w.shape[2]), x.dtype), x, w, group_sizes)
+    initial = jnp.zeros((padded.shape[0], inputs if transposed else outputs), x.dtype)
+    out = _walk(tiles, step, initial, x, *jax.tree.leaves(w), group_sizes)
     return _zero_past(out[: x.shape[0]], group_sizes)
 
 
-def _forward(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _matrix(w: jax.Array | PackedMatrix, group: jax.Array, dtype: DTypeLike) -> jax.Array:
+    if isinstance(w, PackedMatrix):
+        return w.dense(group, dtype)
+    return lax.dynamic_index_in_dim(w, group, keepdims=False)
+
+
+def _forward(
+    x: jax.Array, w: jax.Array | PackedMatrix, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | PackedMatrix, jax.Array]]:
     return _grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
 
 
-def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(
+    saved: tuple[jax.Array, jax.Array | PackedMatrix, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array | None, None]:
     x, w, group_sizes = saved
-    dx = _grouped_matmul(dy, jnp.swapaxes(w, 1, 2), group_sizes)
-    return dx, _weight_gradient(x, dy, w, group_sizes), None
+    dx = _products(dy, w, group_sizes, transposed=True)
+    return dx, None if isinstance(w, PackedMatrix) else _weight_gradient(x, dy, w, group_sizes), None
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.nn.segments import segment_starts
 from moejax.precision import precision_of
 from moejax.sharding import pad_axis
 
@@ -61,12 +62,13 @@ def attend_causal(
       q, k, v: queries, keys and values of the same S tokens.
       segments: 0 is padding; attention stays within a segment.
       window: the most tokens seen, the token itself among them; None for all.
-      chunk: tokens see only their own chunk of this many places of the row; None for no chunks.
+      chunk: tokens see only their own chunk of this many places, counted from the segment's first; None for no chunks.
       scale, sinks: as `attend` takes them.
     """
     length = q.shape[1]
+    marks = _marks(segments, chunk)
     if length <= QUERY_BLOCK:
-        return attend(q, k, v, _visible(segments, segments, jnp.int32(0), window, chunk), scale=scale, sinks=sinks)
+        return attend(q, k, v, _visible(marks, marks, jnp.int32(0), window), scale=scale, sinks=sinks)
     blocks = -(-length // QUERY_BLOCK)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -74,12 +76,19 @@ def attend_causal(
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
     def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        first, q_block, segments_block = block
-        visible = _visible(segments_block, segments, first, window, chunk)
-        return attend(q_block, k, v, visible, scale=scale, sinks=sinks)
+        first, q_block, marks_block = block
+        return attend(q_block, k, v, _visible(marks_block, marks, first, window), scale=scale, sinks=sinks)
 
-    out = lax.map(one, (jnp.arange(blocks, dtype=jnp.int32) * QUERY_BLOCK, cut(q), cut(segments)))
+    out = lax.map(one, (jnp.arange(blocks, dtype=jnp.int32) * QUERY_BLOCK, cut(q), cut(marks)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
+
+
+def _marks(segments: Int[Array, "B S"], chunk: int | None) -> Int[Array, "B S M"]:
+    """What must be equal for one token to see another: the segment, and with chunks the number of the chunk."""
+    if chunk is None:
+        return segments[..., None]
+    behind = jnp.arange(segments.shape[1], dtype=jnp.int32) - segment_starts(segments)
+    return jnp.stack([segments, behind // chunk], axis=-1)
 
 
 def _softmax(scores: Float[Array, "B G I S T"], sinks: Float[Array, " N"] | None) -> Float[Array, "B G I S T"]:
@@ -92,18 +101,11 @@ def _softmax(scores: Float[Array, "B G I S T"], sinks: Float[Array, " N"] | None
 
 
 def _visible(
-    q_segments: Int[Array, "B Q"],
-    k_segments: Int[Array, "B S"],
-    first: Int[Array, ""],
-    window: int | None,
-    chunk: int | None,
+    q_marks: Int[Array, "B Q M"], k_marks: Int[Array, "B S M"], first: Int[Array, ""], window: int | None
 ) -> Bool[Array, "B Q S"]:
     """Which keys each query sees, where query i is token `first + i`."""
-    queries = first + jnp.arange(q_segments.shape[1], dtype=jnp.int32)[:, None]
-    keys = jnp.arange(k_segments.shape[1], dtype=jnp.int32)
-    near = keys <= queries
-    if window is not None:
-        near &= queries - keys < window
-    if chunk is not None:
-        near &= queries // chunk == keys // chunk
-    return (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0) & near
+    queries = first + jnp.arange(q_marks.shape[1], dtype=jnp.int32)[:, None]
+    behind = queries - jnp.arange(k_marks.shape[1], dtype=jnp.int32)
+    near = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    alike = (q_marks[:, :, None] == k_marks[:, None, :]).all(-1)
+    return alike & (k_marks[:, None, :, 0] > 0) & near

@@ -6,6 +6,7 @@ of those. One sum over the devices at the end puts the output together. The head
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import jax
@@ -24,6 +25,7 @@ from moejax.nn.heads import head_layout
 from moejax.nn.norm import neutral, normalise, scaled, unit_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
+from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, psum
@@ -87,6 +89,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S D"], places: Places, segments: Int[Array, "B S"], stream: Stream
     ) -> Float[Array, "B S D"]:
         """Attention of whole sequences over themselves; segment 0 pads."""
+        if self.config.temperature is not None:
+            # Transformers counts the row's places here, whatever the positions say.
+            places = replace(places, positions=row_places(segments))
 
         def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array):
             return self._over_itself(params, q, _heads_first(k), _heads_first(v), segments), None

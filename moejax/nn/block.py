@@ -1,6 +1,7 @@
 """One decoder layer: a mixer and a mixture of experts (or a dense MLP), each after a norm and added to the stream."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.sharding import AnyMesh
 
-MIXERS = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention}
+MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention}
 """The module of each kind of mixer."""
 
 

@@ -156,8 +156,10 @@ def _llama3(rope: RopeConfig, plain: Float[np.ndarray, "H2"], original: int) -> 
     """Short wavelengths keep their frequency, long ones are divided by `factor`, smoothly between the two."""
     factor, low = np.float32(rope.factor), np.float32(rope.low_freq_factor)
     wavelengths = np.float32(2 * math.pi) / plain
+    slow = wavelengths > np.float32(original / rope.low_freq_factor)
+    if rope.high_freq_factor == rope.low_freq_factor:
+        return np.where(slow, plain / factor, plain)
     smooth = (np.float32(original) / wavelengths - low) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
     between = (np.float32(1) - smooth) * plain / factor + smooth * plain
-    slow = wavelengths > np.float32(original / rope.low_freq_factor)
     fast = wavelengths < np.float32(original / rope.high_freq_factor)
     return np.where(slow, plain / factor, np.where(fast, plain, between))
