@@ -8,6 +8,7 @@ from moejax.errors import MoejaxError
 from moejax.families.deepseek_v2 import DEEPSEEK_V2
 from moejax.families.deepseek_v3 import DEEPSEEK_V3
 from moejax.families.family import DEFAULT_NAMES, Family
+from moejax.families.glm4_moe import GLM4_MOE
 from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.known_fields import SHARED_FIELDS
 from moejax.families.llama4 import LLAMA4
@@ -19,7 +20,7 @@ from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, DEEPSEEK_V2, DEEPSEEK_V3)
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}

@@ -159,6 +159,17 @@ def uniform_windows(fields: Fields, window: int | None, num_layers: int) -> tupl
     return (window,) * num_layers
 
 
+def no_windows(fields: Fields, num_layers: int) -> tuple[None, ...]:
+    """No window in any layer, for families whose attention has none.
+
+    Given one, transformers' prefill ignores it and its cached decode does not: there is no one answer to reproduce.
+    """
+    if fields.raw.get("sliding_window") is not None:
+        raise fields.error("sliding_window", f"is not supported for {fields.raw.get('model_type')}; set it to null")
+    uniform_windows(fields, None, num_layers)
+    return (None,) * num_layers
+
+
 def _refuse_unsupported(fields: Fields, honours: Collection[str]) -> None:
     for name, harmless in _UNSUPPORTED.items():
         if name not in honours and fields.raw.get(name) not in harmless:

@@ -8,10 +8,10 @@ from moejax.errors import MoejaxError
 from moejax.families.decoder import (
     Defaults,
     decoder_layers,
+    no_windows,
     read_activation,
     read_attention,
     read_decoder,
-    uniform_windows,
 )
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.fields import Fields
@@ -45,9 +45,6 @@ def to_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"num_attention_heads={attention.num_heads} times head_dim={attention.head_dim} must be "
             f"hidden_size={decoder['hidden_size']}: OLMoE's query norm is that wide"
         )
-    if raw.get("sliding_window") is not None:
-        # transformers' prefill ignores it and its cached decode does not: there is no one answer to reproduce.
-        raise fields.error("sliding_window", "is not supported for olmoe; set it to null")
     num_layers = fields.integer("num_hidden_layers", _DEFAULTS.num_hidden_layers)
     # Where both names stand, transformers lets the alias `num_local_experts` win.
     experts = "num_local_experts" if "num_local_experts" in raw else "num_experts"
@@ -59,7 +56,7 @@ def to_config(raw: Mapping[str, Any]) -> ModelConfig:
         activation=read_activation(fields),
         router=RouterConfig(renormalise=fields.flag("norm_topk_prob", False)),
     )
-    layers = decoder_layers(attention, uniform_windows(fields, None, num_layers), [moe] * num_layers)
+    layers = decoder_layers(attention, no_windows(fields, num_layers), [moe] * num_layers)
     return ModelConfig(model_type="olmoe", layers=layers, **decoder)
 
 
