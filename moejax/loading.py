@@ -14,6 +14,7 @@ from moejax.checkpoint.saving import save_checkpoint
 from moejax.checkpoint.source import read_json, resolve
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.families import family_of
 from moejax.inference.tokenizer import Tokenizer
 from moejax.language_model import LanguageModel, role_of
 from moejax.mesh import make_mesh
@@ -91,9 +92,13 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     """
     companions = [model.folder / name for name in COMPANIONS if (model.folder / name).is_file()]
     layout = checkpoint_plan(model.config, model.mesh)
-    raw = {name: value for name, value in model.raw_config.items() if name != "quantization_config"}
+    # Neither holds for what is written: weights as they are, and no code.
+    raw = {name: value for name, value in model.raw_config.items() if name not in ("quantization_config", "auto_map")}
     if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
         raw["tie_word_embeddings"] = model.config.tie_word_embeddings
+    family = family_of(raw["model_type"])
+    if raw["model_type"] != family.model_type:  # an alias, which only a model's own code knows
+        raw |= {"model_type": family.model_type, "architectures": [family.architecture]}
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
 
 

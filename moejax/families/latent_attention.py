@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from moejax.config import LatentAttentionConfig
-from moejax.families.decoder import Defaults, uniform_windows
+from moejax.families.decoder import Defaults, no_windows
 from moejax.families.fields import Fields
 from moejax.families.rope_parameters import read_rope, rope_fields
 
@@ -27,10 +27,7 @@ def read_latent_attention(fields: Fields, defaults: Defaults, *, interleaved: bo
     heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
     if fields.raw.get("num_key_value_heads") not in (None, heads):
         raise fields.error("num_key_value_heads", f"must be num_attention_heads={heads}: each head has keys of its own")
-    if fields.raw.get("sliding_window") is not None:
-        # transformers' prefill ignores it and its cached decode does not: there is no one answer to reproduce.
-        raise fields.error("sliding_window", "is not supported for latent attention; set it to null")
-    uniform_windows(fields, None, fields.integer("num_hidden_layers", defaults.num_hidden_layers))
+    no_windows(fields, fields.integer("num_hidden_layers", defaults.num_hidden_layers))
     longest = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
     nope, turned = fields.integer("qk_nope_head_dim", 128), fields.integer("qk_rope_head_dim", 64)
     return LatentAttentionConfig(
