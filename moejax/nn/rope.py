@@ -43,6 +43,9 @@ def inverse_frequencies(
             return _yarn(rope, max_position_embeddings)
         case "llama3":
             return _llama3(rope, plain, rope.original_length or max_position_embeddings)
+        case "proportional":
+            still = np.arange(plain.size) >= rope.turned_pairs
+            return np.where(still, np.float32(0), plain / np.float32(rope.factor))
 
 
 def attention_factor(rope: RopeConfig) -> float:
