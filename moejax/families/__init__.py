@@ -5,8 +5,11 @@ from typing import Any
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.families.deepseek_v2 import DEEPSEEK_V2
+from moejax.families.deepseek_v3 import DEEPSEEK_V3
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.gemma4 import GEMMA4
+from moejax.families.glm4_moe import GLM4_MOE
 from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
 from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
@@ -31,6 +34,9 @@ _ALL = (
     GRANITEMOESHARED,
     HUNYUAN_V1_MOE,
     GEMMA4,
+    GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
