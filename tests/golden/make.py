@@ -83,19 +83,38 @@ def fresh(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def record_routing(model: PreTrainedModel) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Collects (router logits [T, E], chosen experts [T, K]) of each router call."""
+    """Collects (router logits [T, E], chosen experts [T, K]) of each mixture-of-experts block that runs.
+
+    Logits are what transformers itself records for output_router_logits; choices are what the experts are told. Llama
+    4's are told nothing (each gets all tokens, most of them multiplied by zero): there the largest logits choose.
+    """
+    recorder = _router_recorder(model)
+    logits: list[np.ndarray] = []
     calls: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def record(_module: Any, _inputs: Any, out: Any) -> None:
-        calls.append((out[0].numpy(), out[2].numpy()))
+    def router(_module: Any, _inputs: Any, out: Any) -> None:
+        logits.append(out[recorder.index].reshape(-1, out[recorder.index].shape[-1]).numpy())
 
-    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-    hooks = [router.register_forward_hook(record) for router in routers]
+    def experts(_module: Any, inputs: tuple[Any, ...]) -> None:
+        if len(inputs) > 1:
+            chosen = inputs[1].numpy()
+        else:
+            chosen = np.argsort(-logits[-1], axis=-1)[:, : model.config.num_experts_per_tok]
+        calls.append((logits.pop(), chosen))
+
+    modules = list(model.modules())
+    hooks = [m.register_forward_hook(router) for m in modules if isinstance(m, recorder.target_class)]
+    hooks += [m.register_forward_pre_hook(experts) for m in modules if type(m).__name__.endswith("Experts")]
     try:
         yield calls
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _router_recorder(model: PreTrainedModel) -> Any:
+    recorded = (getattr(module, "_can_record_outputs", None) or {} for module in model.modules())
+    return next(outputs["router_logits"] for outputs in recorded if "router_logits" in outputs)
 
 
 def forward(model: PreTrainedModel, tokens: np.ndarray, **options: Any) -> Any:

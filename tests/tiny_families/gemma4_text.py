@@ -13,6 +13,9 @@ _BASE = {
     "rms_norm_eps": 1e-6,
 }
 
+# What transformers records of its router.
+ROUTER_GIVES = "probabilities"
+
 CONFIGS: dict[str, dict[str, Any]] = {
     # Everything that the published model has: wider heads, fewer of them and values from keys in the full layers, of
     # whose heads a quarter is turned. 6 experts, 6 heads over 3, which ep=4 or tp=4 does not divide; the last layer,

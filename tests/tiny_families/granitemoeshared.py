@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.tiny_families import granitemoe
+from tiny_families import granitemoe
 
 _SHARED = {"architectures": ["GraniteMoeSharedForCausalLM"], "model_type": "granitemoeshared"}
 
