@@ -77,6 +77,7 @@ class MoEConfig:
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
     (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
+    `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -89,6 +90,7 @@ class MoEConfig:
     shared_gate: bool = False
     bias: bool = False
     scales_input: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
@@ -122,7 +124,7 @@ class RopeConfig:
 
     `dim` is the rotated width, the first values of a head; the others pass as they are. `interleaved` turns neighbours
     (2i, 2i + 1) instead of (i, i + dim/2). `original_length` is `original_max_position_embeddings`: the context of
-    pretraining that a scaling stretches.
+    pretraining that a scaling stretches. Of the dim/2 pairs "proportional" turns only the first `turned_pairs`.
 
     "longrope" divides each pair's frequency by its own factor, of `short_factors` in sequences up to `original_length`
     and of `long_factors` in longer ones. `mscales` (short, long) multiply sine and cosine likewise, in place of
@@ -132,7 +134,7 @@ class RopeConfig:
 
     dim: int
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     original_length: int = 0
@@ -148,6 +150,7 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
     mscales: tuple[float, float] | None = None
     recomputes: bool = False
+    turned_pairs: int = 0
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
@@ -280,15 +283,40 @@ Mixer: TypeAlias = AttentionConfig | LatentAttentionConfig | DeltaNetConfig
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """One decoder layer: a mixer, then a mixture of experts or, where `moe` is None, a dense MLP of that width."""
+    """One decoder layer: a mixer, then a mixture of experts or, where `moe` is None, a dense MLP of that width.
+
+    Attributes:
+      dense_intermediate_size: with `moe` and above 0, a dense MLP runs beside the experts (Gemma 4). Both read the
+        stream, and each has a norm of its own before and after; the router reads the stream through a third norm, over
+        sqrt(D).
+      branch_norms: what the mixer, and what the rest, add to the stream passes a norm first.
+      output_scale: a learned number multiplies the layer's output.
+    """
 
     mixer: Mixer
     moe: MoEConfig | None = None
     dense_intermediate_size: int = 0
+    branch_norms: bool = False
+    output_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.moe is None:
             _positive("dense_intermediate_size", self.dense_intermediate_size)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a dense MLP runs beside the experts."""
+        return self.moe is not None and self.dense_intermediate_size > 0
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The names of its norms over the model width, without the router's."""
+        names = ["attention_norm", "mlp_norm"]
+        if self.branch_norms:
+            names += ["attention_out_norm", "out_norm"]
+        if self.side_by_side:
+            names += ["mlp_out_norm", "moe_norm", "moe_out_norm"]
+        return tuple(names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,10 +53,12 @@ class Plan:
     Attributes:
         pieces: for each role (dotted path of a parameter), the parts it is made of.
         shapes: for each checkpoint tensor, the shape that it must have.
+        packed: the tensors that must be bytes, blocks or scales of packed weights.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
     shapes: Mapping[str, tuple[int, ...]]
+    packed: frozenset[str] = frozenset()
 
 
 def within(piece: Piece, window: Window) -> Piece | None:
@@ -67,9 +69,10 @@ def within(piece: Piece, window: Window) -> Piece | None:
         return None
     source = list(piece.source)
     for axis, source_axis in piece.axes:
-        first, step = piece.source[source_axis].start, step_of(piece.source[source_axis])
-        start, stop = (first + (edge - piece.box[axis].start) * step for edge in (box[axis].start, box[axis].stop))
-        source[source_axis] = slice(start, stop, piece.source[source_axis].step)
+        whole_axis, step = piece.source[source_axis], step_of(piece.source[source_axis])
+        start = whole_axis.start + (box[axis].start - piece.box[axis].start) * step
+        length = box[axis].stop - box[axis].start
+        source[source_axis] = slice(start, start + (length - 1) * step + 1, whole_axis.step)
     moved = (_shift(part, -edge.start) for part, edge in zip(box, window, strict=True))
     dest = tuple(new.start if isinstance(old, int) else new for old, new in zip(piece.dest, moved, strict=True))
     return replace(piece, dest=dest, source=tuple(source))

@@ -6,6 +6,7 @@ from typing import Any
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families.family import DEFAULT_NAMES, Family
+from moejax.families.gemma4 import GEMMA4
 from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
 from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
@@ -31,6 +32,7 @@ _ALL = (
     GRANITEMOESHARED,
     HUNYUAN_V1_MOE,
     PHIMOE,
+    GEMMA4,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -58,7 +58,12 @@ class Defaults:
 
 
 def read_attention(
-    fields: Fields, defaults: Defaults, *, partial_rotary: float | None = None, **switches: Any
+    fields: Fields,
+    defaults: Defaults,
+    *,
+    partial_rotary: float | None = None,
+    layer_type: str | None = None,
+    **switches: Any,
 ) -> AttentionConfig:
     """Heads, their widths and their rotary embedding from the config; the switches are the family's to read.
 
@@ -66,6 +71,7 @@ def read_attention(
         fields, defaults: the config and what it leaves out.
         partial_rotary: the family's own `partial_rotary_factor`; None where it turns whole heads and the field has no
             meaning.
+        layer_type: which rope of the config, where it holds one for each type of layer.
         switches: further fields of AttentionConfig.
     """
     heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
@@ -78,7 +84,7 @@ def read_attention(
         num_heads=heads,
         num_kv_heads=fields.optional_integer("num_key_value_heads", defaults.num_key_value_heads) or heads,
         head_dim=head_dim,
-        rope=read_rope(fields, defaults.rope_theta, longest, head_dim, partial_rotary),
+        rope=read_rope(fields, defaults.rope_theta, longest, head_dim, partial_rotary, layer_type),
         **switches,
     )
 

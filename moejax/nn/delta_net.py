@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import DeltaNetConfig, NormConfig
 from moejax.moe.activations import named_activation
-from moejax.moe.layer import sharded_param
 from moejax.nn.delta_rule import chunked, recurrent, restarts_of
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
@@ -23,7 +22,7 @@ from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, psum
+from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
 Params: TypeAlias = dict[str, jax.Array]
 Triple: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]

@@ -46,6 +46,9 @@ def inverse_frequencies(
             return _llama3(rope, plain, rope.original_length or max_position_embeddings)
         case "longrope":
             return _longrope(rope, lengths_B)
+        case "proportional":
+            still = np.arange(plain.size) >= rope.turned_pairs
+            return np.where(still, np.float32(0), plain / np.float32(rope.factor))
 
 
 def attention_factor(rope: RopeConfig) -> float:

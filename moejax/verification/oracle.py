@@ -25,7 +25,7 @@ from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.reference import dense_moe
 from moejax.moe.router import Routing, router_for, selection_scores
 from moejax.nn.block import added
-from moejax.nn.norm import normalise
+from moejax.nn.norm import normalise, rms_norm
 from moejax.nn.places import Places
 from moejax.opening import Checkpoint
 from moejax.precision import precision_of
@@ -130,19 +130,40 @@ def _layer(
     own = {name.removeprefix("attention."): a for name, a in params.items() if name.startswith("attention.")}
     hidden = _norm(config, params, "attention_norm", x)
     y = REFERENCES[type(layer.mixer)](own, layer.mixer, config.norm, hidden, places, segments)
+    if layer.branch_norms:
+        y = _norm(config, params, "attention_out_norm", y)
     x = added(x, y, config.residual_scale)
+    y, routing, selection = _feed_forward(config, layer, params, x)
+    if layer.branch_norms:
+        y = _norm(config, params, "out_norm", y)
+    x = added(x, y, config.residual_scale)
+    return x * params["output_scale"] if layer.output_scale else x, routing, selection
+
+
+def _feed_forward(
+    config: ModelConfig, layer: LayerConfig, params: Params, x: jax.Array
+) -> tuple[jax.Array, Routing | None, jax.Array | None]:
     hidden = _norm(config, params, "mlp_norm", x)
+    if layer.moe is not None and not layer.dense_intermediate_size:
+        return _moe(layer.moe, params, hidden, hidden)
+    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
     if layer.moe is None:
-        y = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
-        return added(x, y, config.residual_scale), None, None
-    y, routing, selection = _moe(layer.moe, params, hidden)
-    return added(x, y, config.residual_scale), routing, selection
+        return dense, None, None
+    seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)
+    seen = (seen / config.hidden_size**0.5).astype(x.dtype)
+    sparse, routing, selection = _moe(layer.moe, params, _norm(config, params, "moe_norm", x), seen)
+    return (
+        _norm(config, params, "mlp_out_norm", dense) + _norm(config, params, "moe_out_norm", sparse),
+        routing,
+        selection,
+    )
 
 
-def _moe(config: MoEConfig, params: Params, hidden: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
+def _moe(config: MoEConfig, params: Params, hidden: jax.Array, seen: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
+    """The experts on `hidden`, chosen by a router that reads `seen`."""
     logits = jnp.einsum(
         "bsd,de->bse",
-        hidden,
+        seen,
         params["moe.router"],
         precision=precision_of(hidden.dtype),
         preferred_element_type=jnp.float32,
