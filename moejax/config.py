@@ -45,11 +45,12 @@ class RouterConfig:
        chosen: the selection scores of the others become `masked_score`.
     4. The K experts with the largest selection scores are chosen; of exact ties the lower index.
     5. weights = the scores (without the correction) of the chosen, `weigh` "softmax" or "sigmoid" of those K scores.
+       An expert outside of the kept groups, should it be chosen for want of others, has score 0.
     6. `renormalise` divides them by their sum, `epsilon` added to it, or by `least_sum` where the sum is smaller.
     7. `scale` multiplies them, and with `expert_scale` a learned factor of the chosen expert (Gemma 4).
 
-    "sparsemixer" replaces all of these (PhiMoE): two experts, each weighed by a softmax over those logits whose
-    distance from the largest left is within 2 `jitter` of the scale.
+    "sparsemixer" replaces all of these (PhiMoE): the two largest logits, each weighed by a softmax over those logits l,
+    the larger ones left out, that are no farther below it than 2 `jitter` max(|l|, it).
 
     `bias` adds a learned bias to the logits (GPT-OSS).
     """
