@@ -126,11 +126,16 @@ class RopeConfig:
     `dim` is the rotated width, the first values of a head; the others pass as they are. `interleaved` turns neighbours
     (2i, 2i + 1) instead of (i, i + dim/2). `original_length` is `original_max_position_embeddings`: the context of
     pretraining that a scaling stretches. Of the dim/2 pairs "proportional" turns only the first `turned_pairs`.
+
+    "longrope" divides each pair's frequency by its own factor, of `short_factors` in sequences up to `original_length`
+    and of `long_factors` in longer ones. `mscales` (short, long) multiply sine and cosine likewise, in place of
+    `attention_factor` (PhiMoE). `recomputes` runs a sequence that grows past `original_length` anew, so that all its
+    keys are turned alike; otherwise those in the cache stay as they were turned.
     """
 
     dim: int
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     original_length: int = 0
@@ -142,11 +147,20 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    mscales: tuple[float, float] | None = None
+    recomputes: bool = False
     turned_pairs: int = 0
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
             raise MoejaxError(f"{self.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
+
+    @property
+    def switches(self) -> bool:
+        """Whether sequences longer than `original_length` are turned otherwise than shorter ones."""
+        return self.short_factors != self.long_factors or len(set(self.mscales or ())) == 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +377,18 @@ class ModelConfig:
         """The different rotary embeddings of its layers."""
         ropes = (None if isinstance(layer.mixer, DeltaNetConfig) else layer.mixer.rope for layer in self.layers)
         return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
+
+    @property
+    def steady_length(self) -> int:
+        """Tokens up to which a position is turned alike in sequences of any length."""
+        lengths = [rope.original_length for rope in self.ropes if rope.switches]
+        return min([self.max_position_embeddings, *lengths])
+
+    @property
+    def recomputed_after(self) -> int | None:
+        """Tokens past which a growing sequence is run anew, once; None where none is."""
+        lengths = [rope.original_length for rope in self.ropes if rope.switches and rope.recomputes]
+        return min(lengths, default=None)
 
     @property
     def context(self) -> int:

@@ -102,3 +102,13 @@ def test_interleaved_pairs_are_neighbours_and_a_partial_rotation_leaves_the_rest
     order = np.array([0, 3, 1, 4, 2, 5, 6, 7, 8, 9])  # (i, i + 3) become neighbours
     neighbours = apply_rope(x[..., order], cos, sin, interleaved=True)
     np.testing.assert_array_equal(neighbours, halves[..., order])
+
+
+def test_scale_by_length_of_each_row():
+    factors = (1.0, 2.0, 3.0, 4.0)
+    rope = RopeConfig(
+        8, kind="longrope", original_length=16, short_factors=factors, long_factors=factors, mscales=(1.5, 2.5)
+    )
+    positions = jnp.array([[0, 15], [0, 16]])
+    cos, sin = rope_tables(rope, 64, positions)
+    np.testing.assert_allclose(jnp.hypot(cos, sin), np.broadcast_to([[[1.5]], [[2.5]]], (2, 2, 4)), rtol=1e-6)

@@ -17,6 +17,7 @@ from moejax.families.known_fields import SHARED_FIELDS
 from moejax.families.llama4 import LLAMA4
 from moejax.families.mixtral import MIXTRAL
 from moejax.families.olmoe import OLMOE
+from moejax.families.phimoe import PHIMOE
 from moejax.families.qwen2_moe import QWEN2_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
 from moejax.families.rope_parameters import unknown_rope_keys
@@ -33,6 +34,7 @@ _ALL = (
     GRANITEMOE,
     GRANITEMOESHARED,
     HUNYUAN_V1_MOE,
+    PHIMOE,
     GEMMA4,
     GLM4_MOE,
     DEEPSEEK_V2,
