@@ -120,7 +120,7 @@ class RopeConfig:
     """Rotary position embedding; the fields after `theta` are those of transformers' `rope_parameters`.
 
     `dim` is the rotated width, the first values of a head; the others pass as they are. `interleaved` turns neighbours
-    (2i, 2i + 1) instead of (i, i + dim/2). `original_length` is `original_max_position_embeddings`: the context of
+    (2i, 2i + 1) instead of (i, i + turned/2). `original_length` is `original_max_position_embeddings`: the context of
     pretraining that a scaling stretches.
     """
 
@@ -140,8 +140,13 @@ class RopeConfig:
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.dim < 2 or self.dim % 2:
+        if self.dim < 1 or (self.kind == "yarn" and self.dim % 2):
             raise MoejaxError(f"{self.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
+
+    @property
+    def turned(self) -> int:
+        """How many values turn: part of a head may be an odd `dim`, which transformers fills up to a pair."""
+        return self.dim + self.dim % 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +207,11 @@ class AttentionConfig:
             raise MoejaxError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        if self.rope is not None and self.rope.dim > self.head_dim:
-            raise MoejaxError(f"{self.rope.dim} values are to be rotated but head_dim={self.head_dim}")
+        if self.rope is not None and self.rope.turned > self.head_dim:
+            raise MoejaxError(
+                f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs, of which "
+                f"head_dim={self.head_dim} has {self.head_dim // 2}"
+            )
         for name in ("window", "chunk"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -232,6 +240,8 @@ class LatentAttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_heads", "kv_rank", "nope_dim", "value_dim"):
             _positive(name, getattr(self, name))
+        if self.rope.dim % 2:
+            raise MoejaxError(f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.families.dots1 import DOTS1
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.glm4_moe import GLM4_MOE
 from moejax.families.gpt_oss import GPT_OSS
@@ -18,7 +19,7 @@ from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, GLM4_MOE)
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, GLM4_MOE, DOTS1)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}
