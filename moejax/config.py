@@ -28,7 +28,8 @@ class ClampedSwiGLU:
     limit: float
 
 
-Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"] | ClampedSwiGLU
+ActivationName: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation: TypeAlias = ActivationName | ClampedSwiGLU
 """What a gated MLP makes of gate and up: `f(gate) * up` with f by its name, or a form of its own."""
 
 
@@ -76,6 +77,7 @@ class MoEConfig:
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
     (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
+    `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -88,6 +90,7 @@ class MoEConfig:
     shared_gate: bool = False
     bias: bool = False
     scales_input: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts", "num_experts_per_tok"):
@@ -120,13 +123,13 @@ class RopeConfig:
     """Rotary position embedding; the fields after `theta` are those of transformers' `rope_parameters`.
 
     `dim` is the rotated width, the first values of a head; the others pass as they are. `interleaved` turns neighbours
-    (2i, 2i + 1) instead of (i, i + turned/2). `original_length` is `original_max_position_embeddings`: the context of
-    pretraining that a scaling stretches.
+    (2i, 2i + 1) instead of (i, i + paired/2). `original_length` is `original_max_position_embeddings`: the context of
+    pretraining that a scaling stretches. Of the paired/2 pairs "proportional" turns only the first `turned_pairs`.
     """
 
     dim: int
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     original_length: int = 0
@@ -138,14 +141,15 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    turned_pairs: int = 0
 
     def __post_init__(self) -> None:
         if self.dim < 1 or (self.kind == "yarn" and self.dim % 2):
             raise MoejaxError(f"{self.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
 
     @property
-    def turned(self) -> int:
-        """How many values turn: part of a head may be an odd `dim`, which transformers fills up to a pair."""
+    def paired(self) -> int:
+        """How many values stand in pairs: part of a head may be an odd `dim`, which transformers fills up to a pair."""
         return self.dim + self.dim % 2
 
 
@@ -207,7 +211,7 @@ class AttentionConfig:
             raise MoejaxError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        if self.rope is not None and self.rope.turned > self.head_dim:
+        if self.rope is not None and self.rope.paired > self.head_dim:
             raise MoejaxError(
                 f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs, of which "
                 f"head_dim={self.head_dim} has {self.head_dim // 2}"
@@ -257,7 +261,7 @@ class DeltaNetConfig:
     key_dim: int
     value_dim: int
     kernel: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: ActivationName = "silu"
 
     def __post_init__(self) -> None:
         for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel"):
@@ -275,15 +279,40 @@ Mixer: TypeAlias = AttentionConfig | LatentAttentionConfig | DeltaNetConfig
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """One decoder layer: a mixer, then a mixture of experts or, where `moe` is None, a dense MLP of that width."""
+    """One decoder layer: a mixer, then a mixture of experts or, where `moe` is None, a dense MLP of that width.
+
+    Attributes:
+      dense_intermediate_size: with `moe` and above 0, a dense MLP runs beside the experts (Gemma 4). Both read the
+        stream, and each has a norm of its own before and after; the router reads the stream through a third norm, over
+        sqrt(D).
+      branch_norms: what the mixer, and what the rest, add to the stream passes a norm first.
+      output_scale: a learned number multiplies the layer's output.
+    """
 
     mixer: Mixer
     moe: MoEConfig | None = None
     dense_intermediate_size: int = 0
+    branch_norms: bool = False
+    output_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.moe is None:
             _positive("dense_intermediate_size", self.dense_intermediate_size)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a dense MLP runs beside the experts."""
+        return self.moe is not None and self.dense_intermediate_size > 0
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The names of its norms over the model width, without the router's."""
+        names = ["attention_norm", "mlp_norm"]
+        if self.branch_norms:
+            names += ["attention_out_norm", "out_norm"]
+        if self.side_by_side:
+            names += ["mlp_out_norm", "moe_norm", "moe_out_norm"]
+        return tuple(names)
 
 
 @dataclass(frozen=True, slots=True)

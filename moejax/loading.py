@@ -39,6 +39,7 @@ def load(
     strategy: str = "auto",
     capacity_factor: float | None = None,
     chunks: int = 1,
+    packed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint onto a mesh; each device's part is read from the files by itself.
@@ -50,6 +51,8 @@ def load(
       strategy: "auto", "all_to_all" or "all_reduce"; see `moejax.moe`.
       capacity_factor: None drops nothing; see `moejax.moe`.
       chunks: slices of the all_to_all exchange; see `moejax.moe`.
+      packed: experts stored as MXFP4 stay so in device memory and are unpacked as they are used; False unpacks them
+        while loading, which is faster to compute with and takes 3.8 times the memory in bfloat16.
       progress: called with (bytes loaded, bytes in all).
 
     Raises:
@@ -57,7 +60,7 @@ def load(
     """
     options = Options(strategy, capacity_factor, chunks)
     folder = resolve(str(model))
-    with Checkpoint.open(folder) as checkpoint:
+    with Checkpoint.open(folder, packed) as checkpoint:
         config = checkpoint.config
         mesh = _with_auto_axes(mesh if mesh is not None else make_mesh(num_experts=config.num_experts))
         layout = checkpoint.plan(mesh)
@@ -92,6 +95,8 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     companions = [model.folder / name for name in COMPANIONS if (model.folder / name).is_file()]
     layout = checkpoint_plan(model.config, model.mesh)
     raw = dict(model.raw_config)
+    if not any(layer.moe and layer.moe.packed for layer in model.config.layers):
+        raw.pop("quantization_config", None)
     if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
         raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)

@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.moe.auto import Choice, check_strategy, choose
-from moejax.moe.layer import MoEDetails, Parallel, sharded_param
+from moejax.moe.layer import MoEDetails, Parallel
 from moejax.nn.block import Block
 from moejax.nn.cache import Cache
 from moejax.nn.embedding import embed, head_logits
 from moejax.nn.norm import Norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.sharding import place, round_up
+from moejax.sharding import place, round_up, sharded_param
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import Any
 from moejax.checkpoint.huggingface import check, settle_tied_head
 from moejax.checkpoint.pieces import Plan
 from moejax.checkpoint.plan import MeshLayout, plan
+from moejax.checkpoint.quantized import dequantised
 from moejax.checkpoint.safetensors import CheckpointFiles
 from moejax.checkpoint.source import read_json
 from moejax.config import ModelConfig
@@ -40,8 +41,12 @@ class Checkpoint:
     left_out: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, packed: bool = False) -> "Checkpoint":
         """Reads the config and the headers of the files, no weights.
+
+        Args:
+          folder: of a Hugging Face model.
+          packed: experts stored as MXFP4 stay so; otherwise quantised weights appear dequantised.
 
         Raises:
           MoejaxError: a config that is not supported, or damaged files.
@@ -56,6 +61,11 @@ class Checkpoint:
         patterns = family.left_out(text)
         others += [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
         files = CheckpointFiles(folder, {name: info for name, info in tensors.items() if name not in set(others)})
+        quantization = text.get("quantization_config")
+        if packed and (quantization or {}).get("quant_method") == "mxfp4":
+            config = _with_packed_experts(config)
+        else:
+            files = dequantised(files, quantization)
         config, files = settle_tied_head(config, family.names, files)
         return cls(folder, text, config, family, files, _summary(others))
 
@@ -81,6 +91,11 @@ def checkpoint_plan(config: ModelConfig, mesh: AnyMesh) -> Plan:
     family = family_of(config.model_type)
     layout = MeshLayout(mesh.shape["tp"], lambda experts: Placement(experts, mesh.shape["ep"]).slot_of)
     return plan(config, family.names, family.experts, layout)
+
+
+def _with_packed_experts(config: ModelConfig) -> ModelConfig:
+    layers = (replace(layer, moe=layer.moe and replace(layer.moe, packed=True)) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
 
 
 def _unwrapped(tensors: Mapping[str, Any], prefixes: tuple[tuple[str, str], ...]) -> tuple[dict[str, Any], list[str]]:

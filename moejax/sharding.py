@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -35,6 +36,11 @@ def live_spec(mesh: AnyMesh, *dims: str | Sequence[str] | None) -> PartitionSpec
     """A PartitionSpec over `dims` (one entry an array axis) without the mesh axes of size 1."""
     entries = (live_axes(mesh, dim) for dim in dims)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else (entry or None) for entry in entries))
+
+
+def sharded_param(value: jax.Array, mesh: AnyMesh | None, *cut: str | None) -> nnx.Param:
+    """A parameter annotated with the mesh axes that cut it; without a mesh, a plain one."""
+    return nnx.Param(value) if mesh is None else nnx.Param(value, out_sharding=live_spec(mesh, *cut), mesh=mesh)
 
 
 def place(x: jax.Array, mesh: AnyMesh, spec: PartitionSpec) -> jax.Array:

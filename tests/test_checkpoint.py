@@ -254,3 +254,15 @@ def test_pieces_cut_by_parameter_and_by_tensor():
     )
     assert within_source(piece, (slice(14, 20), slice(0, 8))) is None
     assert extents(piece.box) == (1, 8, 1, 4)
+
+
+def test_pieces_may_take_every_other_row():
+    piece = Piece((0, slice(0, 5), 1), "t", (slice(2, 3), slice(1, 10, 2)))
+    assert within(piece, (slice(0, 1), slice(2, 4), slice(1, 2))) == Piece(
+        (0, slice(0, 2), 0), "t", (slice(2, 3), slice(5, 8, 2))
+    )
+    assert within_source(piece, (slice(2, 3), slice(4, 8))) == Piece(
+        (0, slice(2, 4), 1), "t", (slice(0, 1), slice(1, 4, 2))
+    )
+    assert within_source(piece, (slice(2, 3), slice(4, 5))) is None
+    assert extents(piece.source) == (1, 5)

@@ -66,7 +66,7 @@ def test_absent_fields_take_the_familys_defaults():
     assert not any(config.tie_word_embeddings for config in (mixtral, qwen2, qwen3, olmoe))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_both_spellings_mean_the_same(model_type):
     scaling = {"factor": 4.0, "original_max_position_embeddings": 512}
     hub = read(model_type, rope_theta=5e5, rope_scaling={"type": "yarn", **scaling}, torch_dtype="bfloat16")
@@ -194,7 +194,6 @@ def yarn(**fields):
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("mixtral", {"quantization_config": {"bits": 4}}, 'quantization_config={"bits": 4} is not supported'),
         ("mixtral", {"per_layer_config": {"0": {}}}, 'per_layer_config={"0": {}} is not supported'),
         ("mixtral", {"attention_chunk_size": 64}, "attention_chunk_size=64 is not supported"),
         ("mixtral", {"is_causal": False}, "is_causal=false is not supported"),
@@ -225,8 +224,8 @@ def yarn(**fields):
         ("mixtral", yarn(truncate="no"), 'rope_scaling.truncate="no" must be true or false'),
         (
             "mixtral",
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
-            "rope_scaling.high_freq_factor=4 must be above low_freq_factor=4.0",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 3}},
+            "rope_scaling.high_freq_factor=3 must not be below low_freq_factor=4.0",
         ),
         ("mixtral", {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2}, "needs head_dim above 2"),
         ("qwen2_moe", {"layer_types": ["full_attention"] * 3}, "names 3 layers but num_hidden_layers=4"),
@@ -277,13 +276,13 @@ def test_config_must_be_an_object():
 
 def test_long_values_are_cut_in_messages():
     with pytest.raises(MoejaxError) as refusal:
-        read("mixtral", quantization_config={"modules": ["x"] * 1000})
+        read("mixtral", per_layer_config={"modules": ["x"] * 1000})
     assert len(str(refusal.value)) < 250
 
 
 def test_harmless_values_of_refused_fields_pass():
     plain = read("mixtral")
-    harmless = {"quantization_config": None, "mlp_bias": False, "is_causal": True, "partial_rotary_factor": 1.0}
+    harmless = {"per_layer_config": None, "mlp_bias": False, "is_causal": True, "partial_rotary_factor": 1.0}
     assert read("mixtral", **harmless) == plain
 
 
@@ -302,10 +301,4 @@ def test_tensor_names():
     assert mixtral["layers.{l}.moe.down"].format(l=0, e=1) == "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     assert olmoe["layers.{l}.moe.gate"].format(l=0, e=1) == "model.layers.0.mlp.experts.1.gate_proj.weight"
     assert olmoe["layers.{l}.attention.q_norm"].format(l=3) == "model.layers.3.self_attn.q_norm.weight"
-    assert all(set(family.names) == set(DEFAULT_NAMES) for family in FAMILIES.values())
-    assert [family.architecture for family in FAMILIES.values()] == [
-        "MixtralForCausalLM",
-        "Qwen2MoeForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "OlmoeForCausalLM",
-    ]
+    assert all(set(family.names) >= set(DEFAULT_NAMES) for family in FAMILIES.values())

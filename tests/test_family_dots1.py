@@ -61,7 +61,10 @@ def test_attention_bias_is_on_all_four_projections():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layer_types": [SLIDING] * 4, "sliding_window": None}, "sliding_window=null leaves no window for layer_types"),
+        (
+            {"layer_types": [SLIDING] * 4, "sliding_window": None},
+            "sliding_window=null leaves no window for layer_types",
+        ),
         ({"n_routed_experts": None}, "n_routed_experts=null must be a whole number of at least 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"n_group": 8, "topk_group": 1}, "num_experts_per_tok=4 is more than the 1 kept of 8 groups hold"),

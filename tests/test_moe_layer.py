@@ -1,5 +1,8 @@
 """MoE as a layer: alone, and inside somebody else's nnx model on a mesh of their own."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +11,18 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_cases import compiled, normal, oracle, relative
 
-from moejax import MoE, MoEConfig, MoEDetails, Routing, dense_moe
+from moejax import MoE, MoEConfig, MoEDetails, RouterConfig, Routing, dense_moe
+from moejax.config import ClampedSwiGLU
 from moejax.moe.layer import Parallel
-from moejax.moe.router import NOWHERE
+from moejax.moe.router import NOWHERE, router_for
 
-CONFIG = MoEConfig(16, 12, 4, 2, shared_intermediate_size=8, shared_gate=True)
-UNEVEN = MoEConfig(16, 9, 6, 2, shared_intermediate_size=5)
+CONFIG = MoEConfig(16, 12, 4, 2, shared_intermediate_size=8, shared_gate=True, bias=True)
+UNEVEN = MoEConfig(16, 9, 6, 2, shared_intermediate_size=5, bias=True)
+LEARNED = dataclasses.replace(
+    UNEVEN,
+    activation=ClampedSwiGLU(1.702, 0.7),
+    router=RouterConfig("sigmoid", bias=True, correction=True, expert_scale=True, groups=3, kept_groups=2),
+)
 BATCH, LENGTH = 8, 3
 
 
@@ -79,6 +88,36 @@ def test_details_say_what_was_decided(mesh):
     assert relative(y.reshape(-1, 16), oracle(tokens().reshape(-1, 16), params, flat)) < 1e-5
 
 
+@pytest.mark.parametrize("scales_input", [False, True])
+def test_learned_parts_and_the_router_s_own_input(mesh, scales_input):
+    config = dataclasses.replace(LEARNED, scales_input=scales_input)
+    layer = made(MoE, config, mesh=mesh("ep=4,tp=2"))
+    x, read = tokens(), tokens(5)
+    y, details = with_details(layer, x, router_input=read)
+    params = values(layer)
+    logits = np.asarray(read, np.float64) @ params["router"] + params["router_bias"]
+    assert relative(details.router_logits, logits) < 1e-6
+    learned = {name: params[name] for name in ("correction", "expert_scale")}
+    routing = router_for(config)(details.router_logits, **learned)
+    np.testing.assert_array_equal(details.routing.experts, routing.experts)
+    np.testing.assert_allclose(details.routing.weights, routing.weights, rtol=1e-6)
+    flat = jax.tree.map(lambda a: np.asarray(a).reshape(-1, 2), routing)
+    dense = compiled(functools.partial(dense_moe, activation=config.activation, scales_input=scales_input))
+    experts = jax.tree.map(np.asarray, layer.expert_params())
+    assert relative(np.asarray(y).reshape(-1, 16), dense(x.reshape(-1, 16), experts, flat)) < 1e-5
+
+
+def test_learned_parts_start_neutral_and_the_correction_stays_f32():
+    layer = MoE(LEARNED, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    for name, value in (("router_bias", 0), ("correction", 0), ("gate_up_bias", 0), ("down_bias", 0)):
+        assert (np.asarray(getattr(layer, name)[...]) == value).all(), name
+    assert (np.asarray(layer.expert_scale[...]) == 1).all()
+    dtypes = {name: leaf.dtype for name, leaf in values(layer).items()}
+    assert dtypes.pop("correction") == jnp.float32 and set(dtypes.values()) == {jnp.dtype(jnp.bfloat16)}
+    y, details = with_details(layer, tokens().astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and details.routing.weights.dtype == jnp.float32
+
+
 def test_options_of_one_call_replace_the_layers_own(mesh):
     layer = made(MoE, CONFIG, mesh=mesh("ep=4,tp=1"), capacity_factor=0.25)
     exact = Parallel(strategy="all_reduce")
@@ -141,7 +180,7 @@ def test_inside_a_model_on_a_mesh_with_data_parallelism(names, kind, router):
         loss, got = loss_and_gradients(model, jax.device_put(x, NamedSharding(axes, PartitionSpec((dp, ep)))))
     assert relative(loss, want_loss) < 1e-5
     got, want = (dict(nnx.to_flat_state(state)) for state in (got, want))
-    assert got.keys() == want.keys() and len(got) == 10
+    assert got.keys() == want.keys() and len(got) == 12
     for path in want:
         assert relative(got[path][...], want[path][...]) < 1e-4, path
     assert got["moe", "gate_up"][...].sharding.spec == PartitionSpec(ep, None, None, tp)

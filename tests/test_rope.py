@@ -54,7 +54,7 @@ def test_an_odd_width_turns_a_pair_more():
     rope = RopeConfig(5, theta=100.0)
     frequencies = inverse_frequencies(rope, 64)
     np.testing.assert_allclose(frequencies, [1, 100 ** (-2 / 5), 100 ** (-4 / 5)], rtol=1e-6)
-    assert rope.turned == 6
+    assert rope.paired == 6
     x = jnp.ones((1, 1, 1, 8))
     turned = apply_rope(x, *rope_tables(rope, 64, jnp.array([[1]])))[0, 0, 0]
     angles = np.tile(frequencies, 2)

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from moejax.checkpoint.entries import Entry, LayerNames, linear, whole_tensor
 from moejax.checkpoint.pieces import Piece, whole
 from moejax.config import MoEConfig
+from moejax.quantization.mxfp4 import BLOCK
+
+PACKED_ROLES = (".blocks", ".scales")
+"""How the roles of packed experts end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ def _separate(config: MoEConfig, names: LayerNames, slot_of: Sequence[int]) -> I
 
 def _stacked(config: MoEConfig, names: LayerNames, experts: ExpertTensors, slot_of: Sequence[int]) -> Iterator[Entry]:
     D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+    if config.packed:
+        yield from _packed(config, names, experts, slot_of)
     gate_up = (E, D, 2 * F) if experts.inputs_first else (E, 2 * F, D)
     down = (E, F, D) if experts.inputs_first else (E, D, F)
     for expert, slot in enumerate(slot_of):
@@ -80,7 +86,8 @@ def _stacked(config: MoEConfig, names: LayerNames, experts: ExpertTensors, slot_
             dest = (slot, slice(0, D), which, slice(0, F))
             source = (one, slice(0, D), rows) if experts.inputs_first else (one, rows, slice(0, D))
             piece = Piece(dest, names.tensor("gate_up"), source, transpose=not experts.inputs_first)
-            yield names.role("gate_up"), piece, gate_up
+            if not config.packed:
+                yield names.role("gate_up"), piece, gate_up
             if config.bias:
                 piece = Piece((slot, which, slice(0, F)), names.tensor("gate_up_bias"), (one, rows))
                 yield names.role("gate_up_bias"), piece, (E, 2 * F)
@@ -88,13 +95,30 @@ def _stacked(config: MoEConfig, names: LayerNames, experts: ExpertTensors, slot_
         one = slice(expert, expert + 1)
         source = (one, *whole(down[1:]))
         piece = Piece((slot, *whole((F, D))), names.tensor("down"), source, transpose=not experts.inputs_first)
-        yield names.role("down"), piece, down
+        if not config.packed:
+            yield names.role("down"), piece, down
         if config.bias:
             yield (
                 names.role("down_bias"),
                 Piece((slot, slice(0, D)), names.tensor("down_bias"), (one, slice(0, D))),
                 (E, D),
             )
+
+
+def _packed(config: MoEConfig, names: LayerNames, experts: ExpertTensors, slot_of: Sequence[int]) -> Iterator[Entry]:
+    """MXFP4: bytes `[E, out, in/32, 16]` and scales `[E, out, in/32]`, whatever the order of unpacked experts."""
+    D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+    for kind, tail in (("blocks", (BLOCK // 2,)), ("scales", ())):
+        into, back = whole((D // BLOCK, *tail)), whole((F // BLOCK, *tail))
+        for expert, slot in enumerate(slot_of):
+            one = slice(expert, expert + 1)
+            tensor = names.tensor("gate_up") + f"_{kind}"
+            for which, part in enumerate(("gate", "up")):
+                piece = Piece((slot, which, slice(0, F), *into), tensor, (one, experts.rows(part, F), *into))
+                yield names.role(f"gate_up.{kind}"), piece, (E, 2 * F, D // BLOCK, *tail)
+            tensor = names.tensor("down") + f"_{kind}"
+            piece = Piece((slot, slice(0, D), *back), tensor, (one, slice(0, D), *back))
+            yield names.role(f"down.{kind}"), piece, (E, D, F // BLOCK, *tail)
 
 
 def _mlp(names: LayerNames, D: int, F: int, tensors: str = "", roles: str = "") -> Iterator[Entry]:

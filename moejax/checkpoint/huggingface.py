@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moejax.checkpoint.pieces import Piece, Plan, Window, extents, hull, whole, within, within_source
-from moejax.checkpoint.safetensors import DTYPES, CheckpointFiles, unsupported
+from moejax.checkpoint.safetensors import DTYPES, ENCODED, CheckpointFiles, unsupported
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 
@@ -92,7 +92,7 @@ def check(plan: Plan, files: CheckpointFiles, ignored: Sequence[str] = ()) -> No
         hint = _hint(plan, files, missing, unknown)
         raise MoejaxError(f"the tensors in {files.folder} do not fit its config.json: {'; '.join(faults)}; {hint}")
     for name in plan.shapes:
-        if files.tensors[name].dtype not in DTYPES:
+        if files.tensors[name].dtype not in (("U8",) if name in plan.packed else DTYPES):
             raise MoejaxError(unsupported(name, files.tensors[name]))
 
 
@@ -201,10 +201,10 @@ def _regions(sources: list[Window]) -> list[Window]:
 
 
 def _blocks(files: CheckpointFiles, tensor: str, region: Window) -> Iterator[Window]:
-    """Cuts a region of a tensor into blocks of about _BLOCK_BYTES along its first axis longer than 1."""
+    """Cuts a region of a tensor into blocks of about _BLOCK_BYTES along the outermost axis that is longer than 1."""
     shape = extents(region)
-    axis = next((axis for axis, extent in enumerate(shape) if extent > 1), 0)
-    row_bytes = math.prod(shape[axis + 1 :]) * DTYPES[files.tensors[tensor].dtype].itemsize
+    axis = next((axis for axis in files.tensors[tensor].major if shape[axis] > 1), 0)
+    row_bytes = math.prod(shape[axis + 1 :]) * (DTYPES | ENCODED)[files.tensors[tensor].dtype].itemsize
     rows = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(region[axis].start, region[axis].stop, rows):
         yield (*region[:axis], slice(start, min(start + rows, region[axis].stop)), *region[axis + 1 :])
@@ -224,7 +224,7 @@ def _place(buffer: np.ndarray, piece: Piece, data: np.ndarray) -> None:
     # As integers: numpy copies its own dtypes faster than bfloat16, and lets other threads run meanwhile.
     bits = np.dtype(f"u{buffer.itemsize}")
     region, target = data.view(bits)[piece.source], buffer.view(bits)[piece.dest]
-    region = region.reshape(region.shape[region.ndim - target.ndim :])
+    region = region.squeeze(piece.lost)
     if not piece.transpose:
         target[...] = region
         return

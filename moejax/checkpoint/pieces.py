@@ -15,8 +15,9 @@ class Piece:
             stop.
         tensor: name of the checkpoint tensor.
         source: region of that tensor, explicit start and stop on every axis, and a step where a parameter takes every
-            other row. Where the tensor has more axes than `dest` has slices, its leading axes are of extent 1 in the
-            region and are dropped.
+            other row. Where the tensor has more axes than `dest` has slices, the others are of extent 1 in the region
+            and are dropped.
+        dropped: the axes that are; the leading ones if none is named.
         transpose: the region, transposed (2-D), is the destination.
     """
 
@@ -24,6 +25,7 @@ class Piece:
     tensor: str
     source: Window
     transpose: bool = False
+    dropped: tuple[int, ...] = ()
 
     @property
     def box(self) -> Window:
@@ -34,8 +36,14 @@ class Piece:
     def axes(self) -> list[tuple[int, int]]:
         """Pairs (axis of the parameter, axis of the tensor) that correspond."""
         kept = [axis for axis, index in enumerate(self.dest) if isinstance(index, slice)]
-        source = list(range(len(self.source) - len(kept), len(self.source)))
+        source = [axis for axis in range(len(self.source)) if axis not in self.lost]
         return list(zip(kept, reversed(source) if self.transpose else source, strict=True))
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """`dropped`, worked out where none is named."""
+        kept = sum(isinstance(index, slice) for index in self.dest)
+        return self.dropped or tuple(range(len(self.source) - kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +53,12 @@ class Plan:
     Attributes:
         pieces: for each role (dotted path of a parameter), the parts it is made of.
         shapes: for each checkpoint tensor, the shape that it must have.
+        packed: the tensors that must be bytes, blocks or scales of packed weights.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
     shapes: Mapping[str, tuple[int, ...]]
+    packed: frozenset[str] = frozenset()
 
 
 def within(piece: Piece, window: Window) -> Piece | None:
@@ -59,9 +69,10 @@ def within(piece: Piece, window: Window) -> Piece | None:
         return None
     source = list(piece.source)
     for axis, source_axis in piece.axes:
-        first, step = piece.source[source_axis].start, step_of(piece.source[source_axis])
-        start, stop = (first + (edge - piece.box[axis].start) * step for edge in (box[axis].start, box[axis].stop))
-        source[source_axis] = slice(start, stop, step)
+        whole_axis, step = piece.source[source_axis], step_of(piece.source[source_axis])
+        start = whole_axis.start + (box[axis].start - piece.box[axis].start) * step
+        length = box[axis].stop - box[axis].start
+        source[source_axis] = slice(start, start + (length - 1) * step + 1, whole_axis.step)
     moved = (_shift(part, -edge.start) for part, edge in zip(box, window, strict=True))
     dest = tuple(new.start if isinstance(old, int) else new for old, new in zip(piece.dest, moved, strict=True))
     return replace(piece, dest=dest, source=tuple(source))
@@ -81,7 +92,7 @@ def within_source(piece: Piece, block: Window) -> Piece | None:
     for axis, bounds, (skipped, count) in zip(piece.source, block, parts, strict=True):
         step = step_of(axis)
         start = axis.start + skipped * step - bounds.start
-        source.append(slice(start, start + (count - 1) * step + 1, step))
+        source.append(slice(start, start + (count - 1) * step + 1, axis.step))
     return replace(piece, dest=tuple(dest), source=tuple(source))
 
 

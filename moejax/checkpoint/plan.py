@@ -6,15 +6,16 @@ Checkpoints hold linear weights as [out, in] and mostly one tensor for each expe
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moejax.checkpoint.attention_entries import attention_entries
+from moejax.checkpoint.delta_net_entries import delta_net_entries
 from moejax.checkpoint.entries import Entry, LayerNames, whole_tensor
-from moejax.checkpoint.expert_entries import ExpertTensors, dense_entries, moe_entries
+from moejax.checkpoint.expert_entries import PACKED_ROLES, ExpertTensors, dense_entries, moe_entries
 from moejax.checkpoint.latent_attention_entries import latent_attention_entries
 from moejax.checkpoint.pieces import Piece, Plan
-from moejax.config import AttentionConfig, LatentAttentionConfig, ModelConfig, NormConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig, NormConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class MeshLayout:
 MIXER_ENTRIES: dict[type, Callable[[Any, NormConfig, int, LayerNames, int], Iterator[Entry]]] = {
     AttentionConfig: attention_entries,
     LatentAttentionConfig: latent_attention_entries,
+    DeltaNetConfig: delta_net_entries,
 }
 """For each kind of mixer: (config, norm, model width, names, tp) -> entries."""
 
@@ -49,7 +51,8 @@ def plan(config: ModelConfig, names: Mapping[str, str], experts: ExpertTensors, 
     for role, piece, shape in _entries(config, names, experts, layout):
         pieces[role].append(piece)
         shapes[piece.tensor] = shape
-    return Plan({role: tuple(parts) for role, parts in pieces.items()}, shapes)
+    packed = {piece.tensor for role, parts in pieces.items() if role.endswith(PACKED_ROLES) for piece in parts}
+    return Plan({role: tuple(parts) for role, parts in pieces.items()}, shapes, frozenset(packed))
 
 
 def _entries(
@@ -62,13 +65,18 @@ def _entries(
         def named(part: str, index: int = index) -> LayerNames:
             return LayerNames(names, index, part)
 
-        for part in ("attention_norm", "mlp_norm"):
+        for part in layer.norms:
             yield from _norm(config.norm, named(part), D)
         yield from MIXER_ENTRIES[type(layer.mixer)](layer.mixer, config.norm, D, named("attention"), layout.tp)
         if layer.moe is not None:
             yield from moe_entries(layer.moe, named("moe"), experts, layout.slot_of(layer.moe.num_experts))
-        else:
+        if layer.dense_intermediate_size:
             yield from dense_entries(named("mlp"), D, layer.dense_intermediate_size)
+        if layer.side_by_side:
+            yield from _norm(replace(config.norm, kind="rms"), named("router_norm"), D)
+        if layer.output_scale:
+            tensor = names["layers.{l}.output_scale"].format(l=index)
+            yield whole_tensor(f"layers.{index}.output_scale", tensor, (1,))
     for name in _norm_parts(config.norm):
         yield whole_tensor(f"norm.{name}", names[f"norm.{name}"], (D,))
     if not config.tie_word_embeddings:

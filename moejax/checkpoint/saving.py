@@ -15,8 +15,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.checkpoint.pieces import Piece, Plan, Window, extents, within
-from moejax.checkpoint.safetensors import DTYPES, INDEX, SINGLE
+from moejax.checkpoint.safetensors import DTYPES, ENCODED, INDEX, SINGLE
 from moejax.errors import MoejaxError
+
+_WRITTEN = DTYPES | ENCODED
 
 
 class _Stored(NamedTuple):
@@ -27,7 +29,7 @@ class _Stored(NamedTuple):
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.spelling].itemsize
+        return math.prod(self.shape) * _WRITTEN[self.spelling].itemsize
 
 
 # Roles that share a tensor are of one layer, so they stand near each other.
@@ -98,7 +100,7 @@ def _agree(fault: str, folder: Path) -> None:
 
 def _stored(parameters: Mapping[str, jax.Array], plan: Plan, dtype: str | None) -> _File:
     """All tensors in the order of writing: those of one parameter together."""
-    spelling = {known.name: name for name, known in DTYPES.items()}
+    spelling = {known.name: name for name, known in _WRITTEN.items()}
     return {
         piece.tensor: _Stored(plan.shapes[piece.tensor], spelling[dtype or parameters[role].dtype.name])
         for roles in _bundles(plan)
@@ -152,7 +154,7 @@ def _tensors(parameters: Mapping[str, jax.Array], plan: Plan, stored: _File) -> 
             for piece in plan.pieces[role]:
                 by_tensor.setdefault(piece.tensor, []).append((role, piece))
         for tensor, parts in by_tensor.items():
-            data = np.empty(stored[tensor].shape, DTYPES[stored[tensor].spelling])
+            data = np.empty(stored[tensor].shape, _WRITTEN[stored[tensor].spelling])
             # Of a key/value head that is stored several times the first copy counts, so it is written last.
             for role, part in reversed(parts):
                 _collect(data, part, shards[role])

@@ -45,12 +45,22 @@ def base_parser(prog: str, description: str, example: str) -> argparse.ArgumentP
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model` and `--dtype`."""
+    """Adds `--model`, `--dtype` and `--dequantise`."""
     parser.add_argument(
         "--model", default="demo", metavar="M", help='a folder, a hub id "org/name[@revision]" or "demo" (default)'
     )
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the parameters and activations (default: the checkpoint's)"
+    )
+    add_dequantise(parser)
+
+
+def add_dequantise(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dequantise`."""
+    parser.add_argument(
+        "--dequantise",
+        action="store_true",
+        help="unpack MXFP4 experts while loading: faster to compute with, 3.8 times their memory in bfloat16",
     )
 
 

@@ -57,13 +57,20 @@ def agree_on(args: argparse.Namespace, alone: Sequence[str] = ()) -> Path:
 
 
 def load_model(args: argparse.Namespace, folder: Path, mesh: Mesh, **options: object) -> tuple[LanguageModel, float]:
-    """The model, and the seconds it took; says which config fields are not understood."""
+    """The model, and the seconds it took; says which config fields are not understood, and what was left out."""
     began = time.perf_counter()
     if ignored := unknown_fields(read_json(folder, "config.json")):
         log(f"warning: config.json has fields that moejax does not know and ignores: {', '.join(ignored)}")
     with LoadingBar(f"loading {args.model}") as progress:
-        model = load(folder, mesh=mesh, dtype=args.dtype, progress=progress, **options)  # type: ignore[arg-type]
+        model = load(folder, mesh=mesh, dtype=args.dtype, packed=not args.dequantise, progress=progress, **options)  # type: ignore[arg-type]
+    say_left_out(model)
     return model, time.perf_counter() - began
+
+
+def say_left_out(model: LanguageModel) -> None:
+    """Names what of the checkpoint is not of the decoder, where anything is not."""
+    if model.left_out:
+        log(f"left out  {', '.join(model.left_out)}: not part of the text decoder")
 
 
 def mesh_for(args: argparse.Namespace, folder: Path) -> Mesh:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax import distributed
-from moejax.commands.common import DTYPES, base_parser, run
-from moejax.commands.session import agree_on, console, log
+from moejax.commands.common import DTYPES, add_dequantise, base_parser, run
+from moejax.commands.session import agree_on, console, log, say_left_out
 from moejax.errors import MoejaxError
 from moejax.loading import load
 from moejax.mesh import MeshShape, make_mesh, parse_mesh
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="default float32, compared to 1e-5; 16-bit dtypes by agreement of the best token and KL divergence",
     )
+    add_dequantise(parser)
     return parser
 
 
@@ -69,7 +70,9 @@ def _verify(args: argparse.Namespace) -> int:
         for number, (mesh, strategy) in enumerate(jobs, 1):
             shape = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
             status.update(f"{number} of {len(jobs)}: {shape} {strategy}")
-            model = load(folder, mesh=mesh, dtype=args.dtype, strategy=strategy)
+            model = load(folder, mesh=mesh, dtype=args.dtype, strategy=strategy, packed=not args.dequantise)
+            if number == 1:
+                say_left_out(model)
             for line in report_lines(model, len(verifier.prompts)):
                 log(line)
             rows.append(verifier.check(model))

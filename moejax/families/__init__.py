@@ -7,8 +7,11 @@ from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families.dots1 import DOTS1
 from moejax.families.family import DEFAULT_NAMES, Family
+from moejax.families.gemma4 import GEMMA4
 from moejax.families.glm4_moe import GLM4_MOE
 from moejax.families.gpt_oss import GPT_OSS
+from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
+from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moejax.families.known_fields import SHARED_FIELDS
 from moejax.families.llama4 import LLAMA4
 from moejax.families.mixtral import MIXTRAL
@@ -19,7 +22,20 @@ from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, GLM4_MOE, DOTS1)
+_ALL = (
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GPT_OSS,
+    LLAMA4,
+    GRANITEMOE,
+    GRANITEMOESHARED,
+    HUNYUAN_V1_MOE,
+    GEMMA4,
+    GLM4_MOE,
+    DOTS1,
+)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}

@@ -2,16 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from moejax.config import AttentionConfig, LayerConfig, MoEConfig, NormConfig
+from moejax.config import ActivationName, AttentionConfig, LayerConfig, MoEConfig, NormConfig
 from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 from moejax.families.rope_parameters import read_rope
 
 # transformers' names for functions that are equal in float32; gelu_fast spells sqrt(2/pi) with ten digits.
-ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu"]
-
 _ACTIVATIONS: Mapping[str, ActivationName] = {
     "silu": "silu",
     "swish": "silu",
@@ -29,7 +27,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields that transformers honours for any model and that would change the numbers: each with the values that do not.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "per_layer_config": (None,),
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),
@@ -61,7 +58,12 @@ class Defaults:
 
 
 def read_attention(
-    fields: Fields, defaults: Defaults, *, partial_rotary: float | None = None, **switches: Any
+    fields: Fields,
+    defaults: Defaults,
+    *,
+    partial_rotary: float | None = None,
+    layer_type: str | None = None,
+    **switches: Any,
 ) -> AttentionConfig:
     """Heads, their widths and their rotary embedding from the config; the switches are the family's to read.
 
@@ -69,6 +71,7 @@ def read_attention(
         fields, defaults: the config and what it leaves out.
         partial_rotary: the family's own `partial_rotary_factor`; None where it turns whole heads and the field has no
             meaning.
+        layer_type: which rope of the config, where it holds one for each type of layer.
         switches: further fields of AttentionConfig.
     """
     heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
@@ -81,7 +84,7 @@ def read_attention(
         num_heads=heads,
         num_kv_heads=fields.optional_integer("num_key_value_heads", defaults.num_key_value_heads) or heads,
         head_dim=head_dim,
-        rope=read_rope(fields, defaults.rope_theta, longest, head_dim, partial_rotary),
+        rope=read_rope(fields, defaults.rope_theta, longest, head_dim, partial_rotary, layer_type),
         **switches,
     )
 
@@ -165,7 +168,7 @@ def uniform_windows(fields: Fields, window: int | None, num_layers: int) -> tupl
 def no_windows(fields: Fields, num_layers: int) -> tuple[None, ...]:
     """No window in any layer, for families whose attention has none.
 
-    Given one, transformers' prefill ignores it and its cached decode does not: there is no one answer to reproduce.
+    Their masks ignore a `sliding_window` but transformers' cache follows it: there is no one answer to reproduce.
     """
     if fields.raw.get("sliding_window") is not None:
         raise fields.error("sliding_window", f"is not supported for {fields.raw.get('model_type')}; set it to null")

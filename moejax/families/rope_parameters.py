@@ -12,10 +12,10 @@ from moejax.config import RopeConfig
 from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 
-_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "proportional")
 _KEYS = frozenset(
     "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
-    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor".split()
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha".split()
 )
 
 
@@ -25,6 +25,7 @@ def read_rope(
     max_position_embeddings: int,
     head_dim: int,
     partial_rotary: float | None = None,
+    layer_type: str | None = None,
 ) -> RopeConfig:
     """The config's rotary embedding.
 
@@ -35,18 +36,21 @@ def read_rope(
         head_dim: width of a head.
         partial_rotary: the part of a head that is turned where the config states none; None for families that always
             turn whole heads.
+        layer_type: for families with one rope for each type of layer, the type; None for those with one for all.
 
     Raises:
-        MoejaxError: an unsupported kind, a part of the head where whole ones are turned, one rope per layer type, or a
-            bad value.
+        MoejaxError: an unsupported kind, a part of the head where whole ones are turned, one rope per layer type where
+            the family has one for all or the other way round, or a bad value.
     """
-    scaling = _scaling(fields)
+    scaling = _scaling(fields, layer_type)
     kind = scaling.raw.get("rope_type", scaling.raw.get("type", "default"))
     if kind not in _KINDS:
         raise MoejaxError(f"{scaling.prefix}rope_type={kind!r} is not supported; one of {', '.join(_KINDS)} is")
     theta = (scaling if "rope_theta" in scaling.raw else fields).number("rope_theta", default_theta)
     if theta <= 1:
         raise MoejaxError(f"config field rope_theta={theta} must be above 1: frequencies fall as its powers")
+    if kind == "proportional":
+        return _proportional(fields, scaling, RopeConfig(head_dim, theta, kind))
     rope = RopeConfig(dim=_rotated(fields, scaling, head_dim, partial_rotary), theta=theta)
     if kind == "default":
         return rope
@@ -74,21 +78,37 @@ def _rotated(fields: Fields, scaling: Fields, head_dim: int, partial_rotary: flo
 
 
 def unknown_rope_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the keys inside the rope object that no supported kind reads."""
-    scaling = _scaling(Fields(raw))
-    return sorted(scaling.prefix + key for key in scaling.raw if key not in _KEYS)
+    """Dotted names of the keys inside the rope object, or those of each layer type, that no supported kind reads."""
+    outer = rope_fields(Fields(raw))
+    inner = [Fields(v, f"{outer.prefix}{k}.") for k, v in outer.raw.items() if isinstance(v, Mapping)]
+    return sorted(rope.prefix + key for rope in inner or [outer] for key in rope.raw if key not in _KEYS)
 
 
-def _scaling(fields: Fields) -> Fields:
+def _scaling(fields: Fields, layer_type: str | None) -> Fields:
+    """The rope object, the one that stands for `layer_type`."""
+    outer = rope_fields(fields)
+    name = outer.prefix[:-1]
+    if layer_type is not None:
+        inner = outer.raw.get(layer_type)
+        if not isinstance(inner, Mapping):
+            raise MoejaxError(
+                f"config field {name} must hold an object for {layer_type}: there is a rope per layer type"
+            )
+        return Fields(inner, f"{outer.prefix}{layer_type}.")
+    for key, inner in outer.raw.items():
+        if isinstance(inner, Mapping):
+            raise MoejaxError(f"config field {name}.{key} is an object: one rope per layer type is not supported")
+    return outer
+
+
+def rope_fields(fields: Fields) -> Fields:
+    """The rope object that counts, empty where there is none."""
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     value = fields.raw.get(name)
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
         raise fields.error(name, "must be an object or null")
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            raise MoejaxError(f"config field {name}.{key} is an object: one rope per layer type is not supported")
     return Fields(value, prefix=f"{name}.")
 
 
@@ -97,6 +117,15 @@ def _original_length(fields: Fields, scaling: Fields, max_position_embeddings: i
     # A top-level value wins even over the one inside the rope object (Phi-3's spelling).
     where = fields if fields.raw.get(name) is not None else scaling
     return where.integer(name, max_position_embeddings)
+
+
+def _proportional(fields: Fields, scaling: Fields, rope: RopeConfig) -> RopeConfig:
+    """Frequencies of the whole head's width, of which a part is turned by; 1 where neither place states one."""
+    where = scaling if scaling.raw.get("partial_rotary_factor") is not None else fields
+    part = where.optional_number("partial_rotary_factor") or 1.0
+    if part > 1:
+        raise where.error("partial_rotary_factor", "must be at most 1")
+    return replace(rope, factor=scaling.number("factor", 1.0), turned_pairs=int(part * rope.dim // 2))
 
 
 def _llama3(scaling: Fields, rope: RopeConfig, original: int) -> RopeConfig:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.config import Activation, ClampedSwiGLU
+from moejax.config import Activation, ActivationName, ClampedSwiGLU
 
 
 def activate(gate: Float[Array, "*T F"], up: Float[Array, "*T F"], activation: Activation) -> Float[Array, "*T F"]:
@@ -14,18 +14,24 @@ def activate(gate: Float[Array, "*T F"], up: Float[Array, "*T F"], activation: A
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer"; for ClampedSwiGLU `GptOssExperts` of transformers.
     """
-    wide = gate.astype(jnp.float32)
-    match activation:
+    if not isinstance(activation, ClampedSwiGLU):
+        return named_activation(gate, activation) * up
+    alpha, limit = activation.alpha, activation.limit
+    wide = jnp.minimum(gate.astype(jnp.float32), limit)
+    up_wide = jnp.clip(up.astype(jnp.float32), -limit, limit)
+    return ((up_wide + 1) * wide * jax.nn.sigmoid(alpha * wide)).astype(gate.dtype)
+
+
+def named_activation(x: Float[Array, "*T F"], name: ActivationName) -> Float[Array, "*T F"]:
+    """A nonlinearity computed in f32 and returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    match name:
         case "silu":
-            nonlinear = jax.nn.silu(wide)
+            out = jax.nn.silu(wide)
         case "gelu":
-            nonlinear = jax.nn.gelu(wide, approximate=False)
+            out = jax.nn.gelu(wide, approximate=False)
         case "gelu_tanh":
-            nonlinear = jax.nn.gelu(wide, approximate=True)
+            out = jax.nn.gelu(wide, approximate=True)
         case "relu":
-            nonlinear = jax.nn.relu(wide)
-        case ClampedSwiGLU(alpha, limit):
-            wide = jnp.minimum(wide, limit)
-            up_wide = jnp.clip(up.astype(jnp.float32), -limit, limit)
-            return ((up_wide + 1) * wide * jax.nn.sigmoid(alpha * wide)).astype(gate.dtype)
-    return nonlinear.astype(gate.dtype) * up
+            out = jax.nn.relu(wide)
+    return out.astype(x.dtype)

@@ -132,7 +132,7 @@ def _on_mesh(
         (pad_axis(routing.experts, 0, rows, NOWHERE), spec),
         *((getattr(params, name), getattr(weights, name)) for name in PARAM_NAMES),
     )
-    arrays = [None if a is None else place(a, mesh, s) for a, s in inputs]
+    arrays = [jax.tree.map(lambda a, s: place(a, mesh, s), a, s) for a, s in inputs]
     mapped = jax.shard_map(
         lambda x, w, e, *p: run(x, Routing(w, e), ExpertParams(*p)),
         mesh=mesh,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,14 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoEConfig
 from moejax.moe.block import current_mesh, moe
+from moejax.moe.packed import PackedExperts
 from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.placement import Placement
 from moejax.moe.router import Router, Routing, router_for
 from moejax.moe.strategies.local import Accounting
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, live_spec, round_up
+from moejax.quantization.packed import packed_width
+from moejax.sharding import AnyMesh, axis_size, round_up, sharded_param
 
 
 @struct.dataclass
@@ -50,7 +52,8 @@ class Parallel:
 class MoE(nnx.Module):
     """Router, stacked experts and, where the config has one, a shared expert.
 
-    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` and, where the config has them:
+    Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` (or both as MXFP4, see
+    `PackedExperts`) and, where the config has them:
       - of a shared expert `shared_gate_up [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`,
       - of experts with biases `gate_up_bias [slots, 2, F]`, `down_bias [slots, D]`,
       - of the router `router_bias [E]`, `expert_scale [E]` and `correction [E]`, which is f32 always.
@@ -100,7 +103,8 @@ class MoE(nnx.Module):
         )
         where = mesh if mesh is not None else current_mesh()
         ep, tp = axis_size(where, ep_axis), axis_size(where, tp_axis)
-        slots, wide = Placement(config.num_experts, ep).slots, round_up(config.intermediate_size, tp)
+        slots = Placement(config.num_experts, ep).slots
+        wide = (packed_width if config.packed else round_up)(config.intermediate_size, tp)
         d, f, e = config.hidden_size, config.intermediate_size, config.num_experts
 
         def param(full: tuple[int, ...], padded: tuple[int, ...], inputs: int, *cut: str | None) -> nnx.Param:
@@ -111,8 +115,12 @@ class MoE(nnx.Module):
             return sharded_param(jnp.full(shape, value, dtype), where, *cut)
 
         self.router = param((d, e), (d, e), d, None, None)
-        self.gate_up = param((e, d, 2, f), (slots, d, 2, wide), d, ep_axis, None, None, tp_axis)
-        self.down = param((e, f, d), (slots, wide, d), f, ep_axis, tp_axis, None)
+        if config.packed:
+            self.gate_up = PackedExperts((slots, 2, wide), d, (ep_axis, None, tp_axis, None), where)
+            self.down = PackedExperts((slots, d), wide, (ep_axis, None, tp_axis), where)
+        else:
+            self.gate_up = param((e, d, 2, f), (slots, d, 2, wide), d, ep_axis, None, None, tp_axis)
+            self.down = param((e, f, d), (slots, wide, d), f, ep_axis, tp_axis, None)
         shared, shared_wide = config.shared_intermediate_size, round_up(config.shared_intermediate_size, tp)
         self.shared_gate_up = param((d, 2, shared), (d, 2, shared_wide), d, None, None, tp_axis) if shared else None
         self.shared_down = param((shared, d), (shared_wide, d), shared, tp_axis, None) if shared else None
@@ -178,13 +186,11 @@ class MoE(nnx.Module):
 
     def expert_params(self) -> ExpertParams:
         """The weights as the pure functions take them."""
-        params = {name: getattr(self, name) for name in PARAM_NAMES}
-        return ExpertParams(**{name: None if p is None else p[...] for name, p in params.items()})  # type: ignore[arg-type]
 
+        def value(p: nnx.Param | PackedExperts | None) -> Any:
+            return p.matrix() if isinstance(p, PackedExperts) else None if p is None else p[...]
 
-def sharded_param(value: jax.Array, mesh: AnyMesh | None, *cut: str | None) -> nnx.Param:
-    """A parameter annotated with the mesh axes that cut it; without a mesh, a plain one."""
-    return nnx.Param(value) if mesh is None else nnx.Param(value, out_sharding=live_spec(mesh, *cut), mesh=mesh)
+        return ExpertParams(**{name: value(getattr(self, name)) for name in PARAM_NAMES})
 
 
 def _zero_fill(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:

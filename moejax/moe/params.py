@@ -1,11 +1,14 @@
 """The weights of one mixture-of-experts block, and how they lie on a mesh."""
 
 import dataclasses
+from typing import Any
 
-import jax
 from flax import struct
 from jaxtyping import Array, Float
 
+from moejax.errors import MoejaxError
+from moejax.moe.packed import packed_spec
+from moejax.quantization.packed import PackedMatrix
 from moejax.sharding import AnyMesh, live_spec, pad_axis, round_up
 
 
@@ -22,8 +25,8 @@ class ExpertParams:
       gate_up_bias, down_bias: of the experts' projections, or None. The shared expert has none.
     """
 
-    gate_up: Float[Array, "E D 2 F"]
-    down: Float[Array, "E F D"]
+    gate_up: Float[Array, "E D 2 F"] | PackedMatrix
+    down: Float[Array, "E F D"] | PackedMatrix
     shared_gate_up: Float[Array, "D 2 Fs"] | None = None
     shared_down: Float[Array, "Fs D"] | None = None
     shared_gate: Float[Array, " D"] | None = None
@@ -45,7 +48,13 @@ def expert_specs(mesh: AnyMesh, params: ExpertParams, ep: str | None, tp: str | 
         "gate_up_bias": (ep, None, tp),
         "down_bias": (ep, None),
     }
-    present = {name: live_spec(mesh, *cut) for name, cut in cuts.items() if getattr(params, name) is not None}
+    packed = {"gate_up": (ep, None, tp, None), "down": (ep, None, tp)}
+    present: dict[str, Any] = {
+        name: live_spec(mesh, *cut) for name, cut in cuts.items() if getattr(params, name) is not None
+    }
+    for name, cut in packed.items():
+        if isinstance(getattr(params, name), PackedMatrix):
+            present[name] = packed_spec(mesh, cut)
     return params.replace(**present)  # type: ignore[attr-defined]
 
 
@@ -55,7 +64,11 @@ def fill_up(params: ExpertParams, ep_size: int, tp_size: int) -> ExpertParams:
     Nothing is copied when they divide already; layers that moejax creates or loads always do.
     """
 
-    def up(x: jax.Array | None, axis: int, multiple: int) -> jax.Array | None:
+    def up(x: Any, axis: int, multiple: int) -> Any:
+        if isinstance(x, PackedMatrix):
+            if x.shape[axis] % multiple:
+                raise MoejaxError(f"packed experts {x.shape} cannot be cut into {multiple} parts along axis {axis}")
+            return x
         return None if x is None else pad_axis(x, axis, round_up(x.shape[axis], multiple))
 
     return params.replace(  # type: ignore[attr-defined]

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, NormConfig
-from moejax.moe.layer import sharded_param
 from moejax.nn.attend import attend, attend_causal
 from moejax.nn.cache import LayerCache, appended, cache_size, filled, valid_places
 from moejax.nn.head_share import HeadShare
@@ -28,7 +27,7 @@ from moejax.nn.rope import apply_rope
 from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, psum
+from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
 Params: TypeAlias = dict[str, jax.Array]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LayerCache | None]]

@@ -1,6 +1,8 @@
 """One decoder layer: a mixer and a mixture of experts (or a dense MLP), each after a norm and added to the stream."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,10 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config import AttentionConfig, LatentAttentionConfig, ModelConfig
-from moejax.moe.layer import MoE, MoEDetails, Parallel
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig
+from moejax.moe.layer import MoE, MoEDetails, Parallel, sharded_param
 from moejax.nn.attention import Attention
 from moejax.nn.cache import Cache
+from moejax.nn.delta_net import DeltaNet
 from moejax.nn.latent_attention import LatentAttention
 from moejax.nn.mlp import DenseMLP
 from moejax.nn.norm import Norm
@@ -20,7 +23,7 @@ from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.sharding import AnyMesh
 
-MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention}
+MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: LatentAttention, DeltaNetConfig: DeltaNet}
 """The module of each kind of mixer."""
 
 
@@ -30,16 +33,22 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, index: int, *, mesh: AnyMesh, rngs: nnx.Rngs, dtype: DTypeLike):
         """Random weights."""
         width, layer = config.hidden_size, config.layers[index]
-        self.residual_scale = config.residual_scale
-        self.attention_norm = Norm(config.norm, width, mesh=mesh, dtype=dtype)
+        self.layer, self.residual_scale = layer, config.residual_scale
+        norm = functools.partial(Norm, config.norm, width, mesh=mesh, dtype=dtype)
+        self.attention_norm = norm()
         self.attention = MIXERS[type(layer.mixer)](layer.mixer, width, config.norm, mesh=mesh, rngs=rngs, dtype=dtype)
-        self.mlp_norm = Norm(config.norm, width, mesh=mesh, dtype=dtype)
-        self.sparse = layer.moe is not None
+        self.mlp_norm = norm()
+        if layer.branch_norms:
+            self.attention_out_norm, self.out_norm = norm(), norm()
         if layer.moe is not None:
             self.moe = MoE(layer.moe, rngs=rngs, dtype=dtype, mesh=mesh)
-        else:
-            hidden = layer.dense_intermediate_size
+        if hidden := layer.dense_intermediate_size:
             self.mlp = DenseMLP(width, hidden, config.activation, mesh=mesh, rngs=rngs, dtype=dtype)
+        if layer.side_by_side:
+            self.mlp_out_norm, self.moe_norm, self.moe_out_norm = norm(), norm(), norm()
+            self.router_norm = Norm(replace(config.norm, kind="rms"), width, mesh=mesh, dtype=dtype)
+        if layer.output_scale:
+            self.output_scale = sharded_param(jnp.ones(1, dtype), mesh, None)
 
     def __call__(
         self,
@@ -95,13 +104,40 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache, MoEDetails | None]:
         with jax.named_scope("attention"):
             y, cache = attention(self.attention_norm(x))
-        x = self._add(x, y)
+        x = self._add(x, self.attention_out_norm(y) if self.layer.branch_norms else y)
+        y, details = self._feed_forward(x, real, stream, parallel)
+        x = self._add(x, self.out_norm(y) if self.layer.branch_norms else y)
+        return x * self.output_scale[...] if self.layer.output_scale else x, cache, details
+
+    def _feed_forward(
+        self, x: jax.Array, real: jax.Array, stream: Stream, parallel: Parallel
+    ) -> tuple[jax.Array, MoEDetails | None]:
         hidden = self.mlp_norm(x)
-        if self.sparse:
-            y, details = self.moe.with_details(hidden, real, parallel)
-            return self._add(x, y), cache, details
+        if self.layer.side_by_side:
+            return self._side_by_side(x, hidden, real, stream, parallel)
+        if self.layer.moe is not None:
+            return self.moe.with_details(hidden, real, parallel)
         with jax.named_scope("mlp"):
-            return self._add(x, self.mlp(hidden, stream)), cache, None
+            return self.mlp(hidden, stream), None
+
+    def _side_by_side(
+        self, x: jax.Array, hidden: jax.Array, real: jax.Array, stream: Stream, parallel: Parallel
+    ) -> tuple[jax.Array, MoEDetails]:
+        """The dense MLP's output and the experts', each normalised, summed.
+
+        Source: transformers' `Gemma4TextDecoderLayer` and `Gemma4TextRouter`.
+        """
+        with jax.named_scope("mlp"):
+            dense = self.mlp_out_norm(self.mlp(hidden, stream))
+        with jax.named_scope("router"):
+            seen = (self.router_norm(x).astype(jnp.float32) * x.shape[-1] ** -0.5).astype(x.dtype)
+        sparse, details = self.moe.with_details(self.moe_norm(x), real, parallel, seen)
+        return dense + self.moe_out_norm(sparse), details
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y if self.residual_scale == 1 else x + y * jnp.asarray(self.residual_scale, y.dtype)
+        return added(x, y, self.residual_scale)
+
+
+def added(x: jax.Array, y: jax.Array, scale: float) -> jax.Array:
+    """The stream with a branch's output added, scaled in f32 (a 16-bit scale would be off in all tokens alike)."""
+    return x + y if scale == 1 else x + (y.astype(jnp.float32) * scale).astype(y.dtype)

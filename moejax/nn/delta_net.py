@@ -14,8 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import DeltaNetConfig, NormConfig
-from moejax.moe.layer import sharded_param
-from moejax.moe.params import activate
+from moejax.moe.activations import named_activation
 from moejax.nn.delta_rule import chunked, recurrent, restarts_of
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
@@ -23,7 +22,7 @@ from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, psum
+from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
 Params: TypeAlias = dict[str, jax.Array]
 Triple: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -192,7 +191,7 @@ class DeltaNet(nnx.Module):
 
     def _convolved(self, params: Params, inputs: Triple, restarts: jax.Array | None = None) -> Triple:
         q, k, v = (
-            activate(convolve(a, params[f"conv_{name}"], restarts), self.config.activation)
+            named_activation(convolve(a, params[f"conv_{name}"], restarts), self.config.activation)
             for name, a in zip("qkv", inputs, strict=True)
         )
         return q, k, v

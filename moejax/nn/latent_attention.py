@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import LatentAttentionConfig, NormConfig
-from moejax.moe.layer import sharded_param
 from moejax.nn.attend import attend, attend_causal
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
@@ -27,7 +26,7 @@ from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, pad_axis, psum
+from moejax.sharding import AnyMesh, axis_size, pad_axis, psum, sharded_param
 
 Params: TypeAlias = dict[str, jax.Array]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]

@@ -8,9 +8,8 @@ from jaxtyping import Array, Float
 
 from moejax.config import Activation
 from moejax.moe.experts import gated_mlp
-from moejax.moe.layer import sharded_param
 from moejax.nn.stream import Stream
-from moejax.sharding import AnyMesh, axis_size, psum
+from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
 
 class DenseMLP(nnx.Module):

@@ -7,8 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moejax.config import NormConfig
-from moejax.moe.layer import sharded_param
-from moejax.sharding import AnyMesh
+from moejax.sharding import AnyMesh, sharded_param
 
 
 class Norm(nnx.Module):

@@ -1,6 +1,6 @@
 """Rotary position embeddings: pairs of a head's values turned by angles proportional to the position.
 
-Of the first `rope.turned` values of a head, value i pairs with value i + H2, or, interleaved, 2i with 2i + 1; H2 is the
+Of the first `rope.paired` values of a head, value i pairs with value i + H2, or, interleaved, 2i with 2i + 1; H2 is the
 number of pairs. The tables are float32 and follow transformers' `modeling_rope_utils`, so that long
 contexts, where an angle magnifies the last bit of a frequency, agree.
 """
@@ -43,6 +43,9 @@ def inverse_frequencies(
             return _yarn(rope, max_position_embeddings)
         case "llama3":
             return _llama3(rope, plain, rope.original_length or max_position_embeddings)
+        case "proportional":
+            still = np.arange(plain.size) >= rope.turned_pairs
+            return np.where(still, np.float32(0), plain / np.float32(rope.factor))
 
 
 def attention_factor(rope: RopeConfig) -> float:

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.config import DeltaNetConfig, NormConfig
-from moejax.moe.params import activate
+from moejax.moe.activations import named_activation
 from moejax.nn.delta_rule import recurrent
 from moejax.nn.norm import rms_norm
 from moejax.precision import precision_of
@@ -41,7 +41,7 @@ def delta_net_reference(
             window = jnp.where(new[:, None, None, None], jnp.zeros((), x.dtype), window)
             after[name] = jnp.concatenate([window[..., 1:], inputs[name][..., None]], -1)
             y = (after[name].astype(jnp.float32) * weights[name]).sum(-1).astype(x.dtype)
-            mixed[name] = activate(y, config.activation)[:, None]
+            mixed[name] = named_activation(y, config.activation)[:, None]
         out, state = recurrent(mixed["q"], mixed["k"], mixed["v"], g[:, None], beta[:, None], state=state)
         return (jnp.where(segment > 0, segment, current), after, state), out[:, 0]
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moejax.checkpoint.huggingface import load_parameters
-from moejax.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
 from moejax.model import finished_logits
@@ -24,16 +24,19 @@ from moejax.moe.experts import gated_mlp
 from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.reference import dense_moe
 from moejax.moe.router import Routing, router_for, selection_scores
-from moejax.nn.norm import normalise
+from moejax.nn.block import added
+from moejax.nn.norm import normalise, rms_norm
 from moejax.nn.places import Places
 from moejax.opening import Checkpoint
 from moejax.precision import precision_of
 from moejax.verification.attention import attention_reference
+from moejax.verification.delta_net import delta_net_reference
 from moejax.verification.latent_attention import latent_attention_reference
 
 REFERENCES: dict[type, Callable[..., jax.Array]] = {
     AttentionConfig: attention_reference,
     LatentAttentionConfig: latent_attention_reference,
+    DeltaNetConfig: lambda params, config, norm, x, _, segments: delta_net_reference(params, config, norm, x, segments),
 }
 """For each kind of mixer: (params, config, norm, x, places, segments) -> y."""
 
@@ -123,25 +126,44 @@ def _layer(
     lengths: Int[Array, " B"],
     segments: Int[Array, "B S"],
 ) -> tuple[jax.Array, Routing | None, jax.Array | None]:
-    def add(x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y if config.residual_scale == 1 else x + y * jnp.asarray(config.residual_scale, y.dtype)
-
     places = Places.of(config, positions, lengths)
     own = {name.removeprefix("attention."): a for name, a in params.items() if name.startswith("attention.")}
     hidden = _norm(config, params, "attention_norm", x)
-    x = add(x, REFERENCES[type(layer.mixer)](own, layer.mixer, config.norm, hidden, places, segments))
+    y = REFERENCES[type(layer.mixer)](own, layer.mixer, config.norm, hidden, places, segments)
+    if layer.branch_norms:
+        y = _norm(config, params, "attention_out_norm", y)
+    x = added(x, y, config.residual_scale)
+    y, routing, selection = _feed_forward(config, layer, params, x)
+    if layer.branch_norms:
+        y = _norm(config, params, "out_norm", y)
+    x = added(x, y, config.residual_scale)
+    return x * params["output_scale"] if layer.output_scale else x, routing, selection
+
+
+def _feed_forward(
+    config: ModelConfig, layer: LayerConfig, params: Params, x: jax.Array
+) -> tuple[jax.Array, Routing | None, jax.Array | None]:
     hidden = _norm(config, params, "mlp_norm", x)
+    if layer.moe is not None and not layer.dense_intermediate_size:
+        return _moe(layer.moe, params, hidden, hidden)
+    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
     if layer.moe is None:
-        y = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
-        return add(x, y), None, None
-    y, routing, selection = _moe(layer.moe, params, hidden)
-    return add(x, y), routing, selection
+        return dense, None, None
+    seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)
+    seen = (seen / config.hidden_size**0.5).astype(x.dtype)
+    sparse, routing, selection = _moe(layer.moe, params, _norm(config, params, "moe_norm", x), seen)
+    return (
+        _norm(config, params, "mlp_out_norm", dense) + _norm(config, params, "moe_out_norm", sparse),
+        routing,
+        selection,
+    )
 
 
-def _moe(config: MoEConfig, params: Params, hidden: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
+def _moe(config: MoEConfig, params: Params, hidden: jax.Array, seen: jax.Array) -> tuple[jax.Array, Routing, jax.Array]:
+    """The experts on `hidden`, chosen by a router that reads `seen`."""
     logits = jnp.einsum(
         "bsd,de->bse",
-        hidden,
+        seen,
         params["moe.router"],
         precision=precision_of(hidden.dtype),
         preferred_element_type=jnp.float32,
