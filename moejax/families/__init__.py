@@ -14,6 +14,7 @@ from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
 from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moejax.families.known_fields import SHARED_FIELDS
 from moejax.families.llama4 import LLAMA4
+from moejax.families.minimax_m2 import MINIMAX_M2
 from moejax.families.mixtral import MIXTRAL
 from moejax.families.olmoe import OLMOE
 from moejax.families.qwen2_moe import QWEN2_MOE
@@ -35,6 +36,7 @@ _ALL = (
     GEMMA4,
     GLM4_MOE,
     DOTS1,
+    MINIMAX_M2,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -84,7 +84,7 @@ def further_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     return tuple(f"model.layers.{first + index}.*" for index in range(max(counts)))
 
 
-_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
+_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules")
 _MLP = "model.layers.{l}.mlp."
 
 DEEPSEEK_NAMES: Mapping[str, str] = {
