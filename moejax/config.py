@@ -76,8 +76,8 @@ class MoEConfig:
 
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
-    (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
-    `packed` keeps the experts' matrices in memory as MXFP4.
+    (GPT-OSS), `shared_bias` the shared expert (Ernie 4.5). `scales_input` multiplies an expert's input by the routing
+    weight, and its output by 1 (Llama 4). `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -88,6 +88,7 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    shared_bias: bool = False
     bias: bool = False
     scales_input: bool = False
     packed: bool = False
@@ -100,8 +101,9 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; "
                 "a token cannot choose more experts than there are"
             )
-        if self.shared_gate and not self.shared_intermediate_size:
-            raise MoejaxError("shared_gate=True needs a shared expert: set shared_intermediate_size above 0")
+        for name in ("shared_gate", "shared_bias"):
+            if getattr(self, name) and not self.shared_intermediate_size:
+                raise MoejaxError(f"{name}=True needs a shared expert: set shared_intermediate_size above 0")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -285,6 +287,7 @@ class LayerConfig:
       dense_intermediate_size: with `moe` and above 0, a dense MLP runs beside the experts (Gemma 4). Both read the
         stream, and each has a norm of its own before and after; the router reads the stream through a third norm, over
         sqrt(D).
+      dense_bias: the dense MLP has biases on gate, up and down.
       branch_norms: what the mixer, and what the rest, add to the stream passes a norm first.
       output_scale: a learned number multiplies the layer's output.
     """
@@ -292,6 +295,7 @@ class LayerConfig:
     mixer: Mixer
     moe: MoEConfig | None = None
     dense_intermediate_size: int = 0
+    dense_bias: bool = False
     branch_norms: bool = False
     output_scale: bool = False
 

@@ -6,6 +6,7 @@ from typing import Any
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families.dots1 import DOTS1
+from moejax.families.ernie4_5_moe import ERNIE4_5_MOE
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.gemma4 import GEMMA4
 from moejax.families.glm4_moe import GLM4_MOE
@@ -37,6 +38,7 @@ _ALL = (
     GLM4_MOE,
     DOTS1,
     MINIMAX_M2,
+    ERNIE4_5_MOE,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -85,9 +85,7 @@ class Oracle:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         for layer, params in zip(config.layers, self.layers(), strict=True):
             states.append(np.asarray(x, np.float32))
-            x, routing, margin = _layer(
-                config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments
-            )
+            x, routing, margin = _layer(config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments)
             if routing is not None:
                 experts.append(np.asarray(routing.experts))
                 margins.append(np.asarray(margin))
@@ -148,7 +146,8 @@ def _feed_forward(
     hidden = _norm(config, params, "mlp_norm", x)
     if layer.moe is not None and not layer.dense_intermediate_size:
         return _moe(layer.moe, params, hidden, hidden)
-    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
+    biases = (params.get("mlp.gate_up_bias"), params.get("mlp.down_bias"))
+    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation, *biases)
     if layer.moe is None:
         return dense, None, None
     seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)
