@@ -77,8 +77,8 @@ class MoEConfig:
 
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
-    (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
-    `packed` keeps the experts' matrices in memory as MXFP4.
+    (GPT-OSS), `shared_bias` the shared expert (Ernie 4.5). `scales_input` multiplies an expert's input by the routing
+    weight, and its output by 1 (Llama 4). `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -89,6 +89,7 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    shared_bias: bool = False
     bias: bool = False
     scales_input: bool = False
     packed: bool = False
@@ -101,8 +102,9 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; "
                 "a token cannot choose more experts than there are"
             )
-        if self.shared_gate and not self.shared_intermediate_size:
-            raise MoejaxError("shared_gate=True needs a shared expert: set shared_intermediate_size above 0")
+        for name in ("shared_gate", "shared_bias"):
+            if getattr(self, name) and not self.shared_intermediate_size:
+                raise MoejaxError(f"{name}=True needs a shared expert: set shared_intermediate_size above 0")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -124,8 +126,8 @@ class RopeConfig:
     """Rotary position embedding; the fields after `theta` are those of transformers' `rope_parameters`.
 
     `dim` is the rotated width, the first values of a head; the others pass as they are. `interleaved` turns neighbours
-    (2i, 2i + 1) instead of (i, i + dim/2). `original_length` is `original_max_position_embeddings`: the context of
-    pretraining that a scaling stretches. Of the dim/2 pairs "proportional" turns only the first `turned_pairs`.
+    (2i, 2i + 1) instead of (i, i + paired/2). `original_length` is `original_max_position_embeddings`: the context of
+    pretraining that a scaling stretches. Of the paired/2 pairs "proportional" turns only the first `turned_pairs`.
 
     "longrope" divides each pair's frequency by its own factor, of `short_factors` in sequences up to `original_length`
     and of `long_factors` in longer ones. `mscales` (short, long) multiply sine and cosine likewise, in place of
@@ -154,8 +156,13 @@ class RopeConfig:
     turned_pairs: int = 0
 
     def __post_init__(self) -> None:
-        if self.dim < 2 or self.dim % 2:
+        if self.dim < 1 or (self.kind == "yarn" and self.dim % 2):
             raise MoejaxError(f"{self.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
+
+    @property
+    def paired(self) -> int:
+        """How many values stand in pairs: part of a head may be an odd `dim`, which transformers fills up to a pair."""
+        return self.dim + self.dim % 2
 
     @property
     def switches(self) -> bool:
@@ -221,8 +228,11 @@ class AttentionConfig:
             raise MoejaxError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        if self.rope is not None and self.rope.dim > self.head_dim:
-            raise MoejaxError(f"{self.rope.dim} values are to be rotated but head_dim={self.head_dim}")
+        if self.rope is not None and self.rope.paired > self.head_dim:
+            raise MoejaxError(
+                f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs, of which "
+                f"head_dim={self.head_dim} has {self.head_dim // 2}"
+            )
         for name in ("window", "chunk"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -251,6 +261,8 @@ class LatentAttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_heads", "kv_rank", "nope_dim", "value_dim"):
             _positive(name, getattr(self, name))
+        if self.rope.dim % 2:
+            raise MoejaxError(f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +302,7 @@ class LayerConfig:
       dense_intermediate_size: with `moe` and above 0, a dense MLP runs beside the experts (Gemma 4). Both read the
         stream, and each has a norm of its own before and after; the router reads the stream through a third norm, over
         sqrt(D).
+      dense_bias: the dense MLP has biases on gate, up and down.
       branch_norms: what the mixer, and what the rest, add to the stream passes a norm first.
       output_scale: a learned number multiplies the layer's output.
     """
@@ -297,6 +310,7 @@ class LayerConfig:
     mixer: Mixer
     moe: MoEConfig | None = None
     dense_intermediate_size: int = 0
+    dense_bias: bool = False
     branch_norms: bool = False
     output_scale: bool = False
 

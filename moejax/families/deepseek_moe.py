@@ -91,7 +91,7 @@ def refuse_unread(fields: Fields, scoring: str, method: str | None = None) -> No
             raise fields.error(name, f"is not supported; {value} is")
 
 
-_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
+_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules")
 _MLP = "model.layers.{l}.mlp."
 
 DEEPSEEK_NAMES: Mapping[str, str] = {

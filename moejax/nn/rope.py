@@ -1,7 +1,7 @@
 """Rotary position embeddings: pairs of a head's values turned by angles proportional to the position.
 
-Of the first `rope.dim` values of a head, value i pairs with value i + dim/2, or, interleaved, 2i with 2i + 1;
-H2 = dim/2 is the number of pairs. The tables are float32 and follow transformers' `modeling_rope_utils`, so that long
+Of the first `rope.paired` values of a head, value i pairs with value i + H2, or, interleaved, 2i with 2i + 1; H2 is the
+number of pairs. The tables are float32 and follow transformers' `modeling_rope_utils`, so that long
 contexts, where an angle magnifies the last bit of a frequency, agree.
 """
 

@@ -146,7 +146,8 @@ def _feed_forward(
     hidden = _norm(config, params, "mlp_norm", x)
     if layer.moe is not None and not layer.dense_intermediate_size:
         return _moe(layer.moe, params, hidden, hidden)
-    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
+    biases = (params.get("mlp.gate_up_bias"), params.get("mlp.down_bias"))
+    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation, *biases)
     if layer.moe is None:
         return dense, None, None
     seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)

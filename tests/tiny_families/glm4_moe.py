@@ -89,12 +89,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 1.0,
         "rope_scaling": {"type": "linear", "factor": 2.0},
     },
-    # One of two groups kept, all of whose experts are chosen; three keys for six heads; three shared experts.
+    # One of two groups kept, all of whose experts are chosen; three keys for six heads; three shared experts. Half of
+    # a head of 10 is no whole number of pairs: 6 values turn.
     "glm4_moe_one_group": {
         **_GLM,
         "vocab_size": 96,
         "hidden_size": 32,
-        "head_dim": 8,
+        "head_dim": 10,
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
         "intermediate_size": 32,
