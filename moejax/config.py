@@ -45,11 +45,12 @@ class RouterConfig:
        chosen: the selection scores of the others become `masked_score`.
     4. The K experts with the largest selection scores are chosen; of exact ties the lower index.
     5. weights = the scores (without the correction) of the chosen, `weigh` "softmax" or "sigmoid" of those K scores.
+       An expert outside of the kept groups, should it be chosen for want of others, has score 0.
     6. `renormalise` divides them by their sum, `epsilon` added to it, or by `least_sum` where the sum is smaller.
     7. `scale` multiplies them, and with `expert_scale` a learned factor of the chosen expert (Gemma 4).
 
-    "sparsemixer" replaces all of these (PhiMoE): two experts, each weighed by a softmax over those logits whose
-    distance from the largest left is within 2 `jitter` of the scale.
+    "sparsemixer" replaces all of these (PhiMoE): the two largest logits, each weighed by a softmax over those logits l,
+    the larger ones left out, that are no farther below it than 2 `jitter` max(|l|, it).
 
     `bias` adds a learned bias to the logits (GPT-OSS).
     """
@@ -76,8 +77,8 @@ class MoEConfig:
 
     `shared_intermediate_size` 0 means no shared expert; `shared_gate` multiplies the shared expert's output by a
     sigmoid of a learned projection of its input (Qwen2-MoE). `bias` gives each expert biases on gate, up and down
-    (GPT-OSS). `scales_input` multiplies an expert's input by the routing weight, and its output by 1 (Llama 4).
-    `packed` keeps the experts' matrices in memory as MXFP4.
+    (GPT-OSS), `shared_bias` the shared expert (Ernie 4.5). `scales_input` multiplies an expert's input by the routing
+    weight, and its output by 1 (Llama 4). `packed` keeps the experts' matrices in memory as MXFP4.
     """
 
     hidden_size: int
@@ -88,6 +89,7 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    shared_bias: bool = False
     bias: bool = False
     scales_input: bool = False
     packed: bool = False
@@ -100,8 +102,9 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; "
                 "a token cannot choose more experts than there are"
             )
-        if self.shared_gate and not self.shared_intermediate_size:
-            raise MoejaxError("shared_gate=True needs a shared expert: set shared_intermediate_size above 0")
+        for name in ("shared_gate", "shared_bias"):
+            if getattr(self, name) and not self.shared_intermediate_size:
+                raise MoejaxError(f"{name}=True needs a shared expert: set shared_intermediate_size above 0")
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -123,13 +126,18 @@ class RopeConfig:
     """Rotary position embedding; the fields after `theta` are those of transformers' `rope_parameters`.
 
     `dim` is the rotated width, the first values of a head; the others pass as they are. `interleaved` turns neighbours
-    (2i, 2i + 1) instead of (i, i + dim/2). `original_length` is `original_max_position_embeddings`: the context of
-    pretraining that a scaling stretches. Of the dim/2 pairs "proportional" turns only the first `turned_pairs`.
+    (2i, 2i + 1) instead of (i, i + paired/2). `original_length` is `original_max_position_embeddings`: the context of
+    pretraining that a scaling stretches. Of the paired/2 pairs "proportional" turns only the first `turned_pairs`.
+
+    "longrope" divides each pair's frequency by its own factor, of `short_factors` in sequences up to `original_length`
+    and of `long_factors` in longer ones. `mscales` (short, long) multiply sine and cosine likewise, in place of
+    `attention_factor` (PhiMoE). `recomputes` runs a sequence that grows past `original_length` anew, so that all its
+    keys are turned alike; otherwise those in the cache stay as they were turned.
     """
 
     dim: int
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"] = "default"
     interleaved: bool = False
     factor: float = 1.0
     original_length: int = 0
@@ -141,11 +149,25 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    mscales: tuple[float, float] | None = None
+    recomputes: bool = False
     turned_pairs: int = 0
 
     def __post_init__(self) -> None:
-        if self.dim < 2 or self.dim % 2:
+        if self.dim < 1 or (self.kind == "yarn" and self.dim % 2):
             raise MoejaxError(f"{self.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
+
+    @property
+    def paired(self) -> int:
+        """How many values stand in pairs: part of a head may be an odd `dim`, which transformers fills up to a pair."""
+        return self.dim + self.dim % 2
+
+    @property
+    def switches(self) -> bool:
+        """Whether sequences longer than `original_length` are turned otherwise than shorter ones."""
+        return self.short_factors != self.long_factors or len(set(self.mscales or ())) == 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +228,11 @@ class AttentionConfig:
             raise MoejaxError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        if self.rope is not None and self.rope.dim > self.head_dim:
-            raise MoejaxError(f"{self.rope.dim} values are to be rotated but head_dim={self.head_dim}")
+        if self.rope is not None and self.rope.paired > self.head_dim:
+            raise MoejaxError(
+                f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs, of which "
+                f"head_dim={self.head_dim} has {self.head_dim // 2}"
+            )
         for name in ("window", "chunk"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -236,6 +261,8 @@ class LatentAttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_heads", "kv_rank", "nope_dim", "value_dim"):
             _positive(name, getattr(self, name))
+        if self.rope.dim % 2:
+            raise MoejaxError(f"{self.rope.dim} values of a head are to be rotated; rotary embeddings rotate pairs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +302,7 @@ class LayerConfig:
       dense_intermediate_size: with `moe` and above 0, a dense MLP runs beside the experts (Gemma 4). Both read the
         stream, and each has a norm of its own before and after; the router reads the stream through a third norm, over
         sqrt(D).
+      dense_bias: the dense MLP has biases on gate, up and down.
       branch_norms: what the mixer, and what the rest, add to the stream passes a norm first.
       output_scale: a learned number multiplies the layer's output.
     """
@@ -282,6 +310,7 @@ class LayerConfig:
     mixer: Mixer
     moe: MoEConfig | None = None
     dense_intermediate_size: int = 0
+    dense_bias: bool = False
     branch_norms: bool = False
     output_scale: bool = False
 
@@ -362,6 +391,18 @@ class ModelConfig:
         """The different rotary embeddings of its layers."""
         ropes = (None if isinstance(layer.mixer, DeltaNetConfig) else layer.mixer.rope for layer in self.layers)
         return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
+
+    @property
+    def steady_length(self) -> int:
+        """Tokens up to which a position is turned alike in sequences of any length."""
+        lengths = [rope.original_length for rope in self.ropes if rope.switches]
+        return min([self.max_position_embeddings, *lengths])
+
+    @property
+    def recomputed_after(self) -> int | None:
+        """Tokens past which a growing sequence is run anew, once; None where none is."""
+        lengths = [rope.original_length for rope in self.ropes if rope.switches and rope.recomputes]
+        return min(lengths, default=None)
 
     @property
     def context(self) -> int:

@@ -149,16 +149,17 @@ def _segments_and_positions(
 
 
 def _check_packing(config: ModelConfig, segments: np.ndarray, positions: np.ndarray) -> None:
-    """A dynamic rotary base follows the length of a row, so sequences packed in one row would not be as each alone."""
+    """Some rope follows the length of a row, so that sequences packed in one row would not be as each alone."""
     real = segments > 0
     longest = np.max(positions, where=real, initial=-1) + 1
-    if all(rope.kind != "dynamic" for rope in config.ropes) or longest <= config.max_position_embeddings:
+    steady = all(rope.kind != "dynamic" and not rope.switches for rope in config.ropes)
+    if steady or longest <= config.steady_length:
         return
     packed = [len(np.unique(row[row > 0])) > 1 for row in segments]
     if any(packed):
         raise MoejaxError(
-            f"row {packed.index(True)} packs several sequences, one of {longest} tokens; with dynamic rope scaling, "
-            f"sequences over {config.max_position_embeddings} tokens need rows of their own"
+            f"row {packed.index(True)} packs several sequences, one of {longest} tokens; with rope scaling by length, "
+            f"sequences over {config.steady_length} tokens need rows of their own"
         )
 
 

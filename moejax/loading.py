@@ -14,6 +14,7 @@ from moejax.checkpoint.saving import save_checkpoint
 from moejax.checkpoint.source import read_json, resolve
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.families import family_of
 from moejax.inference.tokenizer import Tokenizer
 from moejax.language_model import LanguageModel, role_of
 from moejax.mesh import make_mesh
@@ -97,8 +98,12 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     raw = dict(model.raw_config)
     if not any(layer.moe and layer.moe.packed for layer in model.config.layers):
         raw.pop("quantization_config", None)
+    raw.pop("auto_map", None)  # of code files, which are not written
     if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
         raw["tie_word_embeddings"] = model.config.tie_word_embeddings
+    family = family_of(raw["model_type"])
+    if raw["model_type"] != family.model_type:  # an alias, which only a model's own code knows
+        raw |= {"model_type": family.model_type, "architectures": [family.architecture]}
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
 
 

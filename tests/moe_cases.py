@@ -53,6 +53,8 @@ class Block:
             shared_gate=normal(rng, d) if self.gated else None,
             gate_up_bias=normal(rng, e, 2, f) if self.bias else None,
             down_bias=normal(rng, e, d) if self.bias else None,
+            shared_gate_up_bias=normal(rng, 2, s) if self.bias and s else None,
+            shared_down_bias=normal(rng, d) if self.bias and s else None,
         )
 
     def x(self, seed: int = 1) -> jax.Array:
@@ -89,7 +91,8 @@ class Block:
 EVEN = Block(shared=8)
 # 4 and 8 cut 30 tokens unevenly; 6 experts leave slots empty; tp=4 divides neither 18 columns nor a hidden width.
 ODD = Block(tokens=30, width=18, hidden=9, experts=6, chosen=3, shared=5, gated=True)
-# GPT-OSS and Llama 4, but for shared experts and biases that they lack. The limit is low enough to clamp.
+# GPT-OSS and Llama 4, but for biases and for shared experts (whose biases are Ernie 4.5's) that they lack. The limit is
+# low enough to clamp.
 CLAMPED = dataclasses.replace(ODD, bias=True, activation=ClampedSwiGLU(alpha=1.702, limit=0.7))
 SCALED = dataclasses.replace(EVEN, bias=True, scales_input=True)
 

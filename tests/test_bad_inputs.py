@@ -89,9 +89,10 @@ WITH_A_MODEL: list[tuple[str, Damage, list[str], str]] = [
     ),
     (
         "rope unsupported",
-        config(rope_scaling={"type": "longrope", "factor": 2.0}),
+        config(rope_scaling={"type": "su", "factor": 2.0}),
         ["verify"],
-        "rope_scaling.rope_type='longrope' is not supported; one of default, linear, dynamic, yarn, llama3 is",
+        "rope_scaling.rope_type='su' is not supported; "
+        "one of default, linear, dynamic, yarn, llama3, longrope, proportional is",
     ),
     (
         "quantised",

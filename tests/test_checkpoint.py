@@ -216,6 +216,15 @@ def test_a_head_beside_tied_embeddings(tmp_path, equal):
         assert ("lm_head.weight" in files.tensors) is not equal
 
 
+def test_empty_tensors_are_no_parameters(tmp_path):
+    """Transformers writes shared experts of width 0 where a config has none of them."""
+    raw = CONFIGS["mixtral_dynamic"]
+    folder = write_checkpoint(tmp_path, raw)
+    rewrite(folder, read_all(folder) | {"model.layers.0.nothing.weight": np.zeros((0, 4), np.float32)})
+    with CheckpointFiles.open(folder) as files:
+        check(mesh_plan(read_config(raw), make_mesh(1, 1)), files)
+
+
 def test_tied_embeddings_of_which_only_the_head_is_stored(tmp_path):
     raw = CONFIGS["mixtral_dynamic"]
     folder = write_checkpoint(tmp_path, raw)

@@ -202,7 +202,7 @@ def yarn(**fields):
         ("qwen2_moe", {"hidden_act": "quick_gelu"}, 'hidden_act="quick_gelu" is not supported; one of silu, '),
         ("qwen2_moe", {"dtype": "float64"}, 'dtype="float64" is not supported; one of float32, '),
         ("qwen2_moe", {"torch_dtype": 16}, "torch_dtype=16 is not supported"),
-        ("mixtral", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type='longrope' is not supported"),
+        ("mixtral", {"rope_scaling": {"rope_type": "su"}}, "rope_scaling.rope_type='su' is not supported"),
         ("mixtral", {"rope_parameters": {"rope_type": None}}, "rope_parameters.rope_type=None is not supported"),
         ("mixtral", {"rope_scaling": "yarn"}, 'rope_scaling="yarn" must be an object or null'),
         (

@@ -49,6 +49,19 @@ def test_tables_and_rotation_equal_transformers():
     np.testing.assert_allclose(apply_rope(x, cos, sin), case["turned"], atol=4e-6)
 
 
+def test_an_odd_width_turns_a_pair_more():
+    """As transformers has it: the exponents are those of the odd width."""
+    rope = RopeConfig(5, theta=100.0)
+    frequencies = inverse_frequencies(rope, 64)
+    np.testing.assert_allclose(frequencies, [1, 100 ** (-2 / 5), 100 ** (-4 / 5)], rtol=1e-6)
+    assert rope.paired == 6
+    x = jnp.ones((1, 1, 1, 8))
+    turned = apply_rope(x, *rope_tables(rope, 64, jnp.array([[1]])))[0, 0, 0]
+    angles = np.tile(frequencies, 2)
+    sign = np.repeat([-1, 1], 3)
+    np.testing.assert_allclose(turned, [*(np.cos(angles) + sign * np.sin(angles)), 1, 1], rtol=1e-6)
+
+
 def test_rotation_keeps_dtype_and_rounds_once():
     cos, sin = rope_tables(RopeConfig(8), 64, jnp.array([[3, 9]]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 8)), jnp.bfloat16)
@@ -102,3 +115,13 @@ def test_interleaved_pairs_are_neighbours_and_a_partial_rotation_leaves_the_rest
     order = np.array([0, 3, 1, 4, 2, 5, 6, 7, 8, 9])  # (i, i + 3) become neighbours
     neighbours = apply_rope(x[..., order], cos, sin, interleaved=True)
     np.testing.assert_array_equal(neighbours, halves[..., order])
+
+
+def test_scale_by_length_of_each_row():
+    factors = (1.0, 2.0, 3.0, 4.0)
+    rope = RopeConfig(
+        8, kind="longrope", original_length=16, short_factors=factors, long_factors=factors, mscales=(1.5, 2.5)
+    )
+    positions = jnp.array([[0, 15], [0, 16]])
+    cos, sin = rope_tables(rope, 64, positions)
+    np.testing.assert_allclose(jnp.hypot(cos, sin), np.broadcast_to([[[1.5]], [[2.5]]], (2, 2, 4)), rtol=1e-6)

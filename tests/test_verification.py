@@ -232,7 +232,8 @@ def reference() -> Reference:
     logits = random.permuted(np.tile(np.arange(V, dtype=np.float32), (B, S, 1)), axis=-1)
     scores = random.permuted(np.tile(np.float32([0.1, 0.2, 0.3, 0.4]), (B, S, 1)), axis=-1)
     states = [random.standard_normal((B, S, D)).astype(np.float32) for _ in range(3)]
-    return Reference(logits, states, [scores], [np.argsort(-scores, -1)[..., :2]])
+    margins = np.full((B, S), 0.25, np.float32)  # 0.3 against 0.2, of 0.4
+    return Reference(logits, states, [margins], [np.argsort(-scores, -1)[..., :2]])
 
 
 def verdict(
@@ -313,7 +314,7 @@ def test_experts_that_fail_alone_fail_the_row():
 
 def tie_scores(wanted: Reference) -> None:
     """Sequence 0 has a routing tie at token 2."""
-    wanted.scores[0][0, 2] = [0.3, 0.2, 0.3, 0.3 * (1 + 1e-6)]
+    wanted.margins[0][0, 2] = 1e-6
 
 
 def test_a_sequence_is_compared_up_to_its_first_tie():

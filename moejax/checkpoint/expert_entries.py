@@ -21,11 +21,13 @@ class ExpertTensors:
             has three of its own.
         inputs_first: stacked tensors are [E, in, out] instead of [E, out, in].
         interleaved: gate and up alternate along their axis instead of standing one after the other.
+        correction_row: the router's correction is a row, [1, E], instead of [E].
     """
 
     stacked: bool = False
     inputs_first: bool = False
     interleaved: bool = False
+    correction_row: bool = False
 
     def rows(self, part: str, F: int) -> slice:
         """Where gate or up stands among the 2 F of a stacked tensor."""
@@ -50,18 +52,19 @@ def moe_entries(
     }
     for name, present in learned.items():
         if present:
-            yield whole_tensor(names.role(name), names.tensor(name), (E,))
+            shape = (1, E) if name == "correction" and experts.correction_row else (E,)
+            yield names.role(name), Piece(whole((E,)), names.tensor(name), whole(shape)), shape
     yield from _stacked(config, names, experts, slot_of) if experts.stacked else _separate(config, names, slot_of)
     if config.shared_intermediate_size:
-        yield from _mlp(names, D, config.shared_intermediate_size, "shared.", "shared_")
+        yield from _mlp(names, D, config.shared_intermediate_size, config.shared_bias, "shared.", "shared_")
     if config.shared_gate:
         tensor = names.tensor("shared_gate")
         yield names.role("shared_gate"), Piece(whole((D,)), tensor, whole((1, D))), (1, D)
 
 
-def dense_entries(names: LayerNames, D: int, F: int) -> Iterator[Entry]:
+def dense_entries(names: LayerNames, D: int, F: int, bias: bool) -> Iterator[Entry]:
     """A dense MLP."""
-    return _mlp(names, D, F)
+    return _mlp(names, D, F, bias)
 
 
 def _separate(config: MoEConfig, names: LayerNames, slot_of: Sequence[int]) -> Iterator[Entry]:
@@ -121,8 +124,8 @@ def _packed(config: MoEConfig, names: LayerNames, experts: ExpertTensors, slot_o
             yield names.role(f"down.{kind}"), piece, (E, D, F // BLOCK, *tail)
 
 
-def _mlp(names: LayerNames, D: int, F: int, tensors: str = "", roles: str = "") -> Iterator[Entry]:
-    """Gate and up, each in its tensor or one after the other in one, and down."""
+def _mlp(names: LayerNames, D: int, F: int, bias: bool, tensors: str = "", roles: str = "") -> Iterator[Entry]:
+    """Gate and up, each in its tensor or one after the other in one, and down; biases are separate."""
     role = names.role(f"{roles}gate_up")
     for part in ("gate", "up"):
         if names.has(f"{tensors}gate_up"):
@@ -132,6 +135,12 @@ def _mlp(names: LayerNames, D: int, F: int, tensors: str = "", roles: str = "") 
         else:
             yield _gate_or_up(role, names.tensor(f"{tensors}{part}"), part, D, F)
     yield linear(names.role(f"{roles}down"), names.tensor(f"{tensors}down"), F, D)
+    if not bias:
+        return
+    for which, part in enumerate(("gate", "up")):
+        piece = Piece((which, slice(0, F)), names.tensor(f"{tensors}{part}_bias"), whole((F,)))
+        yield names.role(f"{roles}gate_up_bias"), piece, (F,)
+    yield whole_tensor(names.role(f"{roles}down_bias"), names.tensor(f"{tensors}down_bias"), (D,))
 
 
 def _gate_or_up(role: str, tensor: str, part: str, D: int, F: int, lead: tuple[int, ...] = ()) -> Entry:

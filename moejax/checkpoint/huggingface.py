@@ -72,7 +72,12 @@ def check(plan: Plan, files: CheckpointFiles, ignored: Sequence[str] = ()) -> No
             dtype.
     """
     missing = [name for name in plan.shapes if name not in files.tensors]
-    unknown = [name for name in files.tensors if name not in plan.shapes and not _matches(name, ignored)]
+    # Empty tensors hold nothing: transformers writes shared experts of width 0 where a config has none of them.
+    unknown = [
+        name
+        for name, info in files.tensors.items()
+        if name not in plan.shapes and not _matches(name, ignored) and math.prod(info.shape)
+    ]
     misshaped = [
         f"{name} is {_shape(files.tensors[name].shape)} and should be {_shape(shape)}"
         for name, shape in plan.shapes.items()

@@ -71,7 +71,7 @@ def _entries(
         if layer.moe is not None:
             yield from moe_entries(layer.moe, named("moe"), experts, layout.slot_of(layer.moe.num_experts))
         if layer.dense_intermediate_size:
-            yield from dense_entries(named("mlp"), D, layer.dense_intermediate_size)
+            yield from dense_entries(named("mlp"), D, layer.dense_intermediate_size, layer.dense_bias)
         if layer.side_by_side:
             yield from _norm(replace(config.norm, kind="rms"), named("router_norm"), D)
         if layer.output_scale:

@@ -5,15 +5,22 @@ from typing import Any
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
+from moejax.families.deepseek_v2 import DEEPSEEK_V2
+from moejax.families.deepseek_v3 import DEEPSEEK_V3
+from moejax.families.dots1 import DOTS1
+from moejax.families.ernie4_5_moe import ERNIE4_5_MOE
 from moejax.families.family import DEFAULT_NAMES, Family
 from moejax.families.gemma4 import GEMMA4
+from moejax.families.glm4_moe import GLM4_MOE
 from moejax.families.gpt_oss import GPT_OSS
 from moejax.families.granitemoe import GRANITEMOE, GRANITEMOESHARED
 from moejax.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moejax.families.known_fields import SHARED_FIELDS
 from moejax.families.llama4 import LLAMA4
+from moejax.families.minimax_m2 import MINIMAX_M2
 from moejax.families.mixtral import MIXTRAL
 from moejax.families.olmoe import OLMOE
+from moejax.families.phimoe import PHIMOE
 from moejax.families.qwen2_moe import QWEN2_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
 from moejax.families.rope_parameters import unknown_rope_keys
@@ -30,7 +37,14 @@ _ALL = (
     GRANITEMOE,
     GRANITEMOESHARED,
     HUNYUAN_V1_MOE,
+    PHIMOE,
     GEMMA4,
+    GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DOTS1,
+    MINIMAX_M2,
+    ERNIE4_5_MOE,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -40,7 +40,7 @@ class Family:
             parameter (`moe.gate_up`). A family names every role it may have; a config may use fewer.
         fields: names of config.json's fields that `to_config` reads beyond those all families share.
         experts: how its checkpoints stack experts.
-        aliases: further model_types of the same family.
+        aliases: further model_types of the same family, which transformers doesn't know; what is saved has the first.
         wrapper: the model of several modalities that holds one of the family.
         left_out: parsed config.json -> glob patterns of checkpoint tensors that a decoder has no use for (layers that
             predict further tokens); loading names what it leaves out.

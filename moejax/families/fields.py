@@ -58,6 +58,13 @@ class Fields:
             raise self.error(name, "must be a list of whole numbers or null")
         return tuple(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0; required."""
+        value = self.raw.get(name)
+        if not isinstance(value, list):
+            raise self.error(name, "must be a list of numbers")
+        return tuple(Fields({name: item}, self.prefix).number(name) for item in value)
+
     def error(self, name: str, complaint: str) -> MoejaxError:
         """The error for a field's value; `complaint` follows `config field name=value `."""
         return MoejaxError(f"config field {self.prefix}{name}={_show(self.raw.get(name))} {complaint}")

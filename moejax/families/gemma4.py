@@ -95,17 +95,24 @@ def _attention(fields: Fields, windowed: bool, own: Mapping[str, Any]) -> Attent
 def _overrides(fields: Fields, windowed: tuple[bool, ...]) -> dict[int, Mapping[str, Any]]:
     """What single layers have otherwise: as transformers 5 writes it, layer by layer, or as the hub's fields imply."""
     if "per_layer_config" in fields.raw:
-        listed = fields.raw["per_layer_config"] or {}
-        if not isinstance(listed, Mapping) or any(
-            set(own) - {"head_dim", "num_key_value_heads"} for own in listed.values()
-        ):
-            raise fields.error("per_layer_config", "may set head_dim and num_key_value_heads of layers, nothing else")
-        return {int(layer): own for layer, own in listed.items()}
+        return _listed_overrides(fields)
     wide: dict[str, Any] = {"head_dim": fields.integer("global_head_dim", 512)}
     heads = fields.optional_integer("num_global_key_value_heads")
     if heads is not None and fields.flag("attention_k_eq_v", False):
         wide["num_key_value_heads"] = heads
     return {layer: wide for layer, window in enumerate(windowed) if not window}
+
+
+def _listed_overrides(fields: Fields) -> dict[int, Mapping[str, Any]]:
+    listed = fields.raw["per_layer_config"]
+    if listed is None:
+        return {}
+    if not isinstance(listed, Mapping) or not all(
+        str(layer).isdecimal() and isinstance(own, Mapping) and set(own) <= {"head_dim", "num_key_value_heads"}
+        for layer, own in listed.items()
+    ):
+        raise fields.error("per_layer_config", "must give layers' numbers head_dim and num_key_value_heads, no others")
+    return {int(layer): own for layer, own in listed.items()}
 
 
 def _refuse_variants(fields: Fields) -> None:

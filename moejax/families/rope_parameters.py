@@ -12,10 +12,11 @@ from moejax.config import RopeConfig
 from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 
-_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "proportional")
+_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 _KEYS = frozenset(
     "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
-    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha".split()
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha "
+    "short_factor long_factor short_mscale long_mscale".split()
 )
 
 
@@ -63,6 +64,8 @@ def read_rope(
     original = _original_length(fields, scaling, max_position_embeddings)
     if kind == "llama3":
         return _llama3(scaling, rope, original)
+    if kind == "longrope":
+        return _longrope(scaling, rope, original, max_position_embeddings)
     return _yarn(scaling, rope, original, max_position_embeddings)
 
 
@@ -139,6 +142,24 @@ def _llama3(scaling: Fields, rope: RopeConfig, original: int) -> RopeConfig:
         original_length=original,
         low_freq_factor=low,
         high_freq_factor=high,
+    )
+
+
+def _longrope(scaling: Fields, rope: RopeConfig, original: int, max_position_embeddings: int) -> RopeConfig:
+    short, long = scaling.numbers("short_factor"), scaling.numbers("long_factor")
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != rope.dim // 2:
+            raise MoejaxError(
+                f"config field {scaling.prefix}{name} has {len(factors)} numbers for {rope.dim // 2} rotated pairs"
+            )
+    return replace(
+        rope,
+        kind="longrope",
+        factor=scaling.optional_number("factor") or max_position_embeddings / original,
+        original_length=original,
+        attention_factor=scaling.optional_number("attention_factor"),
+        short_factors=short,
+        long_factors=long,
     )
 
 

@@ -280,10 +280,6 @@ def _run_batch(
     timing: Timing,
 ) -> None:
     """Prefills, then steps until every row has finished; times what the caller waits for, host work included."""
-    lengths = np.array([len(row.prompt) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : lengths[i]] = row.prompt
     # The last token of a row is drawn but never run, so it needs no place in the cache.
     longest = max(len(row.prompt) + row.room - 1 for row in rows)
     draw = Draw(params.filters, params.repetition_penalty, params.logprobs)
@@ -300,12 +296,32 @@ def _run_batch(
         return len(live)
 
     began = time.perf_counter()
-    accept(engine.start(tokens, lengths, first, longest))
+    accept(engine.start(*_rectangle(rows, longest), first, longest))
     compiled, prefilled = engine.compile_s, time.perf_counter()
     timing.first_s += prefilled - began - compiled
     while any(row.finish is None for row in rows):
         active = np.array([row.finish is None for row in rows])
-        timing.later_tokens += accept(engine.step(active))
+        if _outgrown(rows, model.config.recomputed_after):
+            timing.later_tokens += accept(engine.start(*_rectangle(rows, longest), first, longest))
+        else:
+            timing.later_tokens += accept(engine.step(active))
         timing.steps += 1
     timing.later_s += time.perf_counter() - prefilled - (engine.compile_s - compiled)
     timing.compile_s += engine.compile_s
+
+
+def _rectangle(rows: list[_Row], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's tokens so far, right-padded, and how many; of a row that is through not more than `longest`."""
+    texts = [(row.prompt + row.tokens)[:longest] for row in rows]
+    lengths = np.array([len(text) for text in texts], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, text in enumerate(texts):
+        tokens[i, : lengths[i]] = text
+    return tokens, lengths
+
+
+def _outgrown(rows: list[_Row], limit: int | None) -> bool:
+    """Whether a row under way has just passed the length from which its cache no longer holds."""
+    if limit is None:
+        return False
+    return any(row.finish is None and len(row.prompt) + len(row.tokens) == limit + 1 for row in rows)

@@ -60,9 +60,11 @@ def shared_expert(
     down: Float[Array, "F D"],
     gate: Float[Array, " D"] | None,
     activation: Activation,
+    gate_up_bias: Float[Array, "2 F"] | None = None,
+    down_bias: Float[Array, " D"] | None = None,
 ) -> Float[Array, "T D"]:
     """The expert that every token visits, times `sigmoid(x . gate)` where it has a gate (Qwen2-MoE)."""
-    y = gated_mlp(x, gate_up, down, activation)
+    y = gated_mlp(x, gate_up, down, activation, gate_up_bias, down_bias)
     if gate is None:
         return y
     openness = jax.nn.sigmoid(

@@ -55,6 +55,7 @@ class MoE(nnx.Module):
     Parameters are `router [D, E]`, `gate_up [slots, D, 2, F]`, `down [slots, F, D]` (or both as MXFP4, see
     `PackedExperts`) and, where the config has them:
       - of a shared expert `shared_gate_up [D, 2, Fs]`, `shared_down [Fs, D]`, `shared_gate [D]`,
+      - of a shared expert with biases `shared_gate_up_bias [2, Fs]`, `shared_down_bias [D]`,
       - of experts with biases `gate_up_bias [slots, 2, F]`, `down_bias [slots, D]`,
       - of the router `router_bias [E]`, `expert_scale [E]` and `correction [E]`, which is f32 always.
     Experts are annotated with `(ep, tp)`: slots over `ep`, hidden width over `tp`, both zero-padded to what the mesh
@@ -127,6 +128,8 @@ class MoE(nnx.Module):
         self.shared_gate = param((d,), (d,), d, None) if config.shared_gate else None
         self.gate_up_bias = constant(0, (slots, 2, wide), dtype, ep_axis, None, tp_axis) if config.bias else None
         self.down_bias = constant(0, (slots, d), dtype, ep_axis, None) if config.bias else None
+        self.shared_gate_up_bias = constant(0, (2, shared_wide), dtype, None, tp_axis) if config.shared_bias else None
+        self.shared_down_bias = constant(0, (d,), dtype, None) if config.shared_bias else None
         self.router_bias = constant(0, (e,), dtype, None) if config.router.bias else None
         self.correction = constant(0, (e,), jnp.float32, None) if config.router.correction else None
         self.expert_scale = constant(1, (e,), dtype, None) if config.router.expert_scale else None

@@ -22,7 +22,8 @@ class ExpertParams:
       down: the projection back.
       shared_gate_up, shared_down: the same for the shared expert, or None.
       shared_gate: its sigmoid gate's projection, or None for a shared expert without a gate.
-      gate_up_bias, down_bias: of the experts' projections, or None. The shared expert has none.
+      gate_up_bias, down_bias: of the experts' projections, or None.
+      shared_gate_up_bias, shared_down_bias: of the shared expert's, or None.
     """
 
     gate_up: Float[Array, "E D 2 F"] | PackedMatrix
@@ -32,6 +33,8 @@ class ExpertParams:
     shared_gate: Float[Array, " D"] | None = None
     gate_up_bias: Float[Array, "E 2 F"] | None = None
     down_bias: Float[Array, "E D"] | None = None
+    shared_gate_up_bias: Float[Array, "2 Fs"] | None = None
+    shared_down_bias: Float[Array, " D"] | None = None
 
 
 PARAM_NAMES = tuple(field.name for field in dataclasses.fields(ExpertParams))
@@ -47,6 +50,8 @@ def expert_specs(mesh: AnyMesh, params: ExpertParams, ep: str | None, tp: str | 
         "shared_gate": (None,),
         "gate_up_bias": (ep, None, tp),
         "down_bias": (ep, None),
+        "shared_gate_up_bias": (None, tp),
+        "shared_down_bias": (None,),
     }
     packed = {"gate_up": (ep, None, tp, None), "down": (ep, None, tp)}
     present: dict[str, Any] = {
@@ -78,4 +83,5 @@ def fill_up(params: ExpertParams, ep_size: int, tp_size: int) -> ExpertParams:
         shared_down=up(params.shared_down, 0, tp_size),
         gate_up_bias=up(up(params.gate_up_bias, 0, ep_size), 2, tp_size),
         down_bias=up(params.down_bias, 0, ep_size),
+        shared_gate_up_bias=up(params.shared_gate_up_bias, 1, tp_size),
     )

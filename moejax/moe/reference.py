@@ -38,4 +38,5 @@ def dense_moe(
     y = y.astype(x.dtype)
     if params.shared_gate_up is None or params.shared_down is None:
         return y
-    return y + shared_expert(x, params.shared_gate_up, params.shared_down, params.shared_gate, activation)
+    biases = (params.shared_gate_up_bias, params.shared_down_bias)
+    return y + shared_expert(x, params.shared_gate_up, params.shared_down, params.shared_gate, activation, *biases)

@@ -43,7 +43,9 @@ class Block(nnx.Module):
         if layer.moe is not None:
             self.moe = MoE(layer.moe, rngs=rngs, dtype=dtype, mesh=mesh)
         if hidden := layer.dense_intermediate_size:
-            self.mlp = DenseMLP(width, hidden, config.activation, mesh=mesh, rngs=rngs, dtype=dtype)
+            self.mlp = DenseMLP(
+                width, hidden, config.activation, bias=layer.dense_bias, mesh=mesh, rngs=rngs, dtype=dtype
+            )
         if layer.side_by_side:
             self.mlp_out_norm, self.moe_norm, self.moe_out_norm = norm(), norm(), norm()
             self.router_norm = Norm(replace(config.norm, kind="rms"), width, mesh=mesh, dtype=dtype)

@@ -1,7 +1,7 @@
 """Rotary position embeddings: pairs of a head's values turned by angles proportional to the position.
 
-Of the first `rope.dim` values of a head, value i pairs with value i + dim/2, or, interleaved, 2i with 2i + 1;
-H2 = dim/2 is the number of pairs. The tables are float32 and follow transformers' `modeling_rope_utils`, so that long
+Of the first `rope.paired` values of a head, value i pairs with value i + H2, or, interleaved, 2i with 2i + 1; H2 is the
+number of pairs. The tables are float32 and follow transformers' `modeling_rope_utils`, so that long
 contexts, where an angle magnifies the last bit of a frequency, agree.
 """
 
@@ -19,15 +19,16 @@ def inverse_frequencies(
 ) -> Float[np.ndarray, "H2"] | Float[Array, "B H2"]:
     """Radians per token of each pair of a head, float32.
 
-    All kinds but "dynamic" are static and come as one numpy table. "dynamic" (NTK scaling) raises its base with the
-    length of the sequence once that passes `max_position_embeddings`. Transformers takes the longest sequence of the
-    batch; here each row takes its own, so that a row in a batch equals the row alone.
+    All kinds but "dynamic" and "longrope" are static and come as one numpy table. "dynamic" (NTK scaling) raises its
+    base with the length of the sequence once that passes `max_position_embeddings`; "longrope" changes its factors once
+    past `original_length`. Transformers takes the longest sequence of the batch; here each row takes its own, so that a
+    row in a batch equals the row alone.
 
     Args:
         rope: the kind, the rotated width and the parameters.
         max_position_embeddings: tokens; the length from which "dynamic" grows.
-        lengths_B: current length of each row in tokens (last position + 1); None, for "dynamic", means not above
-            `max_position_embeddings`.
+        lengths_B: current length of each row in tokens (last position + 1); None means that none has passed the length
+            from which "dynamic" or "longrope" changes.
 
     Source: https://huggingface.co/papers/2309.00071 (yarn) and transformers' `modeling_rope_utils`.
     """
@@ -43,17 +44,21 @@ def inverse_frequencies(
             return _yarn(rope, max_position_embeddings)
         case "llama3":
             return _llama3(rope, plain, rope.original_length or max_position_embeddings)
+        case "longrope":
+            return _longrope(rope, lengths_B)
         case "proportional":
             still = np.arange(plain.size) >= rope.turned_pairs
             return np.where(still, np.float32(0), plain / np.float32(rope.factor))
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What multiplies sine and cosine: 1 except for "yarn", which sharpens the softmax of a stretched context."""
-    if rope.kind != "yarn":
+    """What multiplies sine and cosine: 1 except for "yarn" and "longrope", which sharpen a stretched softmax."""
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_length)) if rope.factor > 1 else 1.0
     if rope.mscale and rope.mscale_all_dim:
         return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
     return _mscale(rope.factor, 1.0)
@@ -70,8 +75,8 @@ def rope_tables(
     Args:
         rope, max_position_embeddings: as `inverse_frequencies` takes them.
         positions_BS: position of each token in its sequence, from 0.
-        lengths_B: each row's current length in tokens, which only "dynamic" reads; None means the row's last position
-            plus 1, right unless padding carries higher positions than the text.
+        lengths_B: each row's current length in tokens, which "dynamic" and "longrope" read; None means the row's last
+            position plus 1, right unless padding carries higher positions than the text.
     """
     if lengths_B is None:
         lengths_B = positions_BS.max(axis=-1) + 1
@@ -79,7 +84,7 @@ def rope_tables(
     if frequencies.ndim == 2:
         frequencies = frequencies[:, None, :]
     angles_BSH = positions_BS.astype(jnp.float32)[..., None] * frequencies
-    scale = attention_factor(rope)
+    scale = attention_factor(rope) if rope.mscales is None else _mscales(rope, rope.mscales, lengths_B)
     return jnp.cos(angles_BSH) * scale, jnp.sin(angles_BSH) * scale
 
 
@@ -128,6 +133,22 @@ def _dynamic(rope: RopeConfig, max_position_embeddings: int, lengths_B: Int[Arra
     # Below the trained length, where it would shrink, growth is 1 and leaves the table as it is.
     growth_B = jnp.where(lengths_B > max_position_embeddings, growth_B, 1.0)
     return jnp.asarray(plain) * growth_B[:, None] ** exponents
+
+
+def _longrope(rope: RopeConfig, lengths_B: Int[Array, "B"] | None) -> Float[np.ndarray, "H2"] | Float[Array, "B H2"]:
+    """Source: Ding et al. 2024, "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens"."""
+    periods = _periods(rope.theta, rope.dim)
+    short, long = (
+        np.float32(1) / (np.array(factors, np.float32) * periods) for factors in (rope.short_factors, rope.long_factors)
+    )
+    if lengths_B is None or rope.short_factors == rope.long_factors:
+        return short
+    return jnp.where((lengths_B > rope.original_length)[:, None], long, short)
+
+
+def _mscales(rope: RopeConfig, mscales: tuple[float, float], lengths_B: Int[Array, "B"]) -> Float[Array, "B 1 1"]:
+    short, long = (jnp.float32(mscale) for mscale in mscales)
+    return jnp.where(lengths_B > rope.original_length, long, short)[:, None, None]
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -139,14 +139,9 @@ def relative_error(a: np.ndarray, b: np.ndarray, where: Bool[np.ndarray, "B S"])
 
 
 def routing_margins(reference: Reference) -> Float[np.ndarray, "B S"]:
-    """For each token the smallest gap, over layers, of k-th and (k+1)-th selection score, over the largest."""
+    """For each token how narrowly the narrowest of its layers chose experts."""
     margins = np.full(reference.logits.shape[:2], np.inf)
-    for scores, experts in zip(reference.scores, reference.experts, strict=True):
-        k = experts.shape[-1]
-        if k < scores.shape[-1]:
-            ranked = -np.sort(-scores, axis=-1)
-            margins = np.minimum(margins, (ranked[..., k - 1] - ranked[..., k]) / np.abs(ranked).max(-1))
-    return margins
+    return np.minimum.reduce([margins, *reference.margins])
 
 
 def logit_margins(reference: Reference) -> Float[np.ndarray, "B S"]:

@@ -23,7 +23,8 @@ from moejax.model import finished_logits
 from moejax.moe.experts import gated_mlp
 from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.reference import dense_moe
-from moejax.moe.router import Routing, router_for, selection_scores
+from moejax.moe.router import Routing, router_for
+from moejax.moe.ties import decision_margin
 from moejax.nn.block import added
 from moejax.nn.norm import normalise, rms_norm
 from moejax.nn.places import Places
@@ -50,13 +51,13 @@ class Reference:
     Attributes:
       logits: f32.
       hidden_states: the embeddings, then each layer's output, the last one after the final norm.
-      scores: for each sparse layer the selection scores (f32 probabilities) of each token.
+      margins: for each sparse layer how narrowly each token's experts were chosen; see `decision_margin`.
       experts: for each sparse layer the chosen experts.
     """
 
     logits: Float[np.ndarray, "B S V"]
     hidden_states: list[Float[np.ndarray, "B S D"]]
-    scores: list[Float[np.ndarray, "B S E"]]
+    margins: list[Float[np.ndarray, "B S"]]
     experts: list[Int[np.ndarray, "B S K"]]
 
 
@@ -79,22 +80,21 @@ class Oracle:
         segments = jnp.asarray((np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         ends = self._read("embed", "norm.", "lm_head")
-        x, states, scores, experts = ends["embed"][jnp.asarray(tokens)], [], [], []
+        x, states, margins, experts = ends["embed"][jnp.asarray(tokens)], [], [], []
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         for layer, params in zip(config.layers, self.layers(), strict=True):
             states.append(np.asarray(x, np.float32))
-            x, routing, selection = _layer(
-                config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments
-            )
+            x, routing, margin = _layer(config, layer, params, x, positions, jnp.asarray(lengths, jnp.int32), segments)
             if routing is not None:
                 experts.append(np.asarray(routing.experts))
-                scores.append(np.asarray(selection))
+                margins.append(np.asarray(margin))
         x = _norm(config, ends, "norm", x)
         states.append(np.asarray(x, np.float32))
         head = ends["embed" if config.tie_word_embeddings else "lm_head"]
         logits = jnp.einsum("bsd,vd->bsv", x, head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
-        return Reference(np.asarray(finished_logits(logits, ends.get("lm_head_bias"), config)), states, scores, experts)
+        logits = finished_logits(logits, ends.get("lm_head_bias"), config)
+        return Reference(np.asarray(logits), states, margins, experts)
 
     def layers(self) -> Iterator[Params]:
         """Each layer's parameters in turn, their names without "layers.N."."""
@@ -133,11 +133,11 @@ def _layer(
     if layer.branch_norms:
         y = _norm(config, params, "attention_out_norm", y)
     x = added(x, y, config.residual_scale)
-    y, routing, selection = _feed_forward(config, layer, params, x)
+    y, routing, margin = _feed_forward(config, layer, params, x)
     if layer.branch_norms:
         y = _norm(config, params, "out_norm", y)
     x = added(x, y, config.residual_scale)
-    return x * params["output_scale"] if layer.output_scale else x, routing, selection
+    return x * params["output_scale"] if layer.output_scale else x, routing, margin
 
 
 def _feed_forward(
@@ -146,16 +146,17 @@ def _feed_forward(
     hidden = _norm(config, params, "mlp_norm", x)
     if layer.moe is not None and not layer.dense_intermediate_size:
         return _moe(layer.moe, params, hidden, hidden)
-    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation)
+    biases = (params.get("mlp.gate_up_bias"), params.get("mlp.down_bias"))
+    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation, *biases)
     if layer.moe is None:
         return dense, None, None
     seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)
     seen = (seen / config.hidden_size**0.5).astype(x.dtype)
-    sparse, routing, selection = _moe(layer.moe, params, _norm(config, params, "moe_norm", x), seen)
+    sparse, routing, margin = _moe(layer.moe, params, _norm(config, params, "moe_norm", x), seen)
     return (
         _norm(config, params, "mlp_out_norm", dense) + _norm(config, params, "moe_out_norm", sparse),
         routing,
-        selection,
+        margin,
     )
 
 
@@ -175,7 +176,7 @@ def _moe(config: MoEConfig, params: Params, hidden: jax.Array, seen: jax.Array) 
     flat = Routing(*(a.reshape(-1, a.shape[-1]) for a in (routing.weights, routing.experts)))
     tokens = hidden.reshape(-1, hidden.shape[-1])
     y = dense_moe(tokens, expert_params(params), flat, config.activation, config.scales_input)
-    return y.reshape(hidden.shape), routing, selection_scores(config, logits, learned.get("correction"))
+    return y.reshape(hidden.shape), routing, decision_margin(config, logits, learned.get("correction"))
 
 
 def _norm(config: ModelConfig, params: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ class Verifier:
             repetition_penalty=1.0,
             stop=[],
             eos_ids=[],
-            max_model_len=model.config.max_position_embeddings,
+            max_model_len=model.config.steady_length,
             timing=timing,
         )
         sequences = [prompt + output.tokens for prompt, output in zip(self.prompts, outputs, strict=True)]
@@ -105,10 +105,10 @@ class Verifier:
 def verification_prompts(config: ModelConfig) -> list[list[int]]:
     """Ragged prompts of random ids that leave room to generate.
 
-    Prompt and continuation stay within `max_position_embeddings`: past it, dynamic rope turns a key that was cached
-    earlier otherwise than a run over the whole sequence turns it, so that there the two have no common answer.
+    Prompt and continuation stay within the length up to which all rope is steady: past it, a key that was cached
+    earlier is turned otherwise than a run over the whole sequence turns it, so that the two have no common answer.
     """
-    length = config.max_position_embeddings
+    length = config.steady_length
     room = max(1, length // 2, length - NEW_TOKENS)
     random = np.random.default_rng(0)
     return [random.integers(0, config.vocab_size, min(length, room)).tolist() for length in PROMPT_LENGTHS]

@@ -12,6 +12,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding,
 
 BASE = {"head_dim": 16, "max_position_embeddings": 4096, "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LONG = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.04, 1.05, 1.06, 1.2, 1.5, 2.0, 2.8],
+    "long_factor": [1.02, 1.05, 1.4, 4.0, 20.0, 44.0, 60.0, 65.0],
+    "original_max_position_embeddings": 512,
+}
 CASES = {
     "default": {},
     "default, the family's theta": {"rope_theta": None},
@@ -41,6 +47,15 @@ CASES = {
     "llama3, context of the config": {
         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4},
     },
+    "proportional": {"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.3}},
+    "proportional, all pairs, stretched": {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+    "proportional, top-level part": {"rope_scaling": {"rope_type": "proportional"}, "partial_rotary_factor": 0.5},
+    "longrope, short": {"rope_scaling": LONG, "length": 512},
+    "longrope, one past": {"rope_scaling": LONG, "length": 513},
+    "longrope, factor": {"rope_scaling": {**LONG, "factor": 3.0}, "length": 513},
+    "longrope, factor below 1": {"rope_scaling": {**LONG, "factor": 0.5}, "length": 513},
+    "longrope, attention factor": {"rope_scaling": {**LONG, "attention_factor": 1.25}, "length": 513},
+    "longrope, top-level context": {"rope_scaling": LONG, "original_max_position_embeddings": 300, "length": 301},
 }
 
 

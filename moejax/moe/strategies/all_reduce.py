@@ -53,14 +53,16 @@ def _shared_part(x: jax.Array, params: ExpertParams, local: Local) -> jax.Array:
     The weights are whole along `ep`, so each device there takes its block of the hidden width; where that does not
     divide, the first one takes all.
     """
-    gate_up, down = params.shared_gate_up, params.shared_down
+    gate_up, down, bias = params.shared_gate_up, params.shared_down, params.shared_gate_up_bias
     assert gate_up is not None and down is not None
     block, rest = divmod(down.shape[0], local.ep_size)
     if not rest and local.ep:
         first = local.ep_index() * block
         gate_up = lax.dynamic_slice_in_dim(gate_up, first, block, 2)
         down = lax.dynamic_slice_in_dim(down, first, block, 0)
-    y = shared_expert(x, gate_up, down, params.shared_gate, local.activation)
+        bias = None if bias is None else lax.dynamic_slice_in_dim(bias, first, block, 1)
+    down_bias = local.on_first(params.shared_down_bias, local.ep_axes + local.tp_axes)
+    y = shared_expert(x, gate_up, down, params.shared_gate, local.activation, bias, down_bias)
     return y if not rest else jnp.where(local.ep_index() == 0, y, jnp.zeros((), y.dtype))
 
 

@@ -52,7 +52,15 @@ def all_to_all(
     y = exchange(share, plan, counts, waves, params, cells, local)
     if params.shared_gate_up is not None and params.shared_down is not None:
         with jax.named_scope("experts"):
-            part = shared_expert(x, params.shared_gate_up, params.shared_down, params.shared_gate, local.activation)
+            part = shared_expert(
+                x,
+                params.shared_gate_up,
+                params.shared_down,
+                params.shared_gate,
+                local.activation,
+                params.shared_gate_up_bias,
+                local.on_first(params.shared_down_bias, local.tp_axes),
+            )
             y = y + scatter_share(part, local)
     with jax.named_scope("combine"):
         y = whole(y, x.shape[1], local)

@@ -73,7 +73,13 @@ class Local:
     def routed(self, params: ExpertParams) -> ExpertParams:
         """What this device adds up over its experts: the shared expert left out, and the down bias on the tensor
         axis' first device only, since outputs are partial sums over that axis."""
-        bias = params.down_bias
-        if bias is not None and self.tp:
-            bias = jnp.where(self.tp_index() == 0, bias, jnp.zeros((), bias.dtype))
+        bias = self.on_first(params.down_bias, self.tp_axes)
         return ExpertParams(params.gate_up, params.down, gate_up_bias=params.gate_up_bias, down_bias=bias)
+
+    def on_first(self, bias: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:
+        """A bias of partial sums: itself on the first device of the axes that they are summed over, zeros elsewhere."""
+        if bias is None:
+            return None
+        for axis in axes:
+            bias = jnp.where(lax.axis_index(axis) == 0, bias, jnp.zeros((), bias.dtype))
+        return bias
