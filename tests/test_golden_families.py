@@ -56,8 +56,9 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def ways_of_keeping(raw: dict[str, Any]) -> set[tuple]:
-    mixers = [layer.mixer for layer in read_config(raw).layers]
-    return {(type(m), *(bool(getattr(m, switch, None)) for switch in SWITCHES)) for m in mixers}
+    config = read_config(raw)
+    mixers, recomputes = [layer.mixer for layer in config.layers], config.recomputed_after is not None
+    return {(type(m), recomputes, *(bool(getattr(m, switch, None)) for switch in SWITCHES)) for m in mixers}
 
 
 def with_new_ways() -> list[str]:
