@@ -12,12 +12,14 @@ from moejax.families.llama4 import LLAMA4
 from moejax.families.mixtral import MIXTRAL
 from moejax.families.olmoe import OLMOE
 from moejax.families.qwen2_moe import QWEN2_MOE
+from moejax.families.qwen3_5_moe import QWEN3_5_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
+from moejax.families.qwen3_next import QWEN3_NEXT
 from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
 
-_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4)
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, LLAMA4, QWEN3_NEXT, QWEN3_5_MOE)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _BY_NAME = {name: family for family in _ALL for name in (family.model_type, *family.aliases)}
