@@ -55,9 +55,13 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = raw.get("text_config")
     if not isinstance(inner, Mapping):
         raise MoejaxError(f"the config of model_type={model_type!r} has no text_config, which describes its text model")
-    # What describes the files stands outside; the text config's own word wins.
+    # What describes the files stands outside; the text config's own word wins. But embeddings that either ties are
+    # tied: transformers writes an inner false beside the outer true that its wrapper heeds. Files settle the matter.
     outer = {name: raw[name] for name in _OUTER_FIELDS if name in raw}
-    return outer | dict(inner) | {"model_type": family.model_type, "architectures": [family.architecture]}
+    fixed = {"model_type": family.model_type, "architectures": [family.architecture]}
+    if raw.get("tie_word_embeddings") is True:
+        fixed["tie_word_embeddings"] = True
+    return outer | dict(inner) | fixed
 
 
 _OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "transformers_version")
