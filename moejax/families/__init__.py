@@ -88,7 +88,7 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     # What describes the files stands outside; the text config's own word wins. But embeddings that either ties are
     # tied: transformers writes an inner false beside the outer true that its wrapper heeds. Files settle the matter.
     outer = {name: raw[name] for name in _OUTER_FIELDS if name in raw}
-    fixed = {"model_type": family.model_type, "architectures": [family.architecture]}
+    fixed: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     if raw.get("tie_word_embeddings") is True:
         fixed["tie_word_embeddings"] = True
     return outer | dict(inner) | fixed
