@@ -47,7 +47,7 @@ def model(kind, tmp_path) -> Any:
     (tmp_path / "chat_template.jinja").write_text(HARMONY if harmony else THINK)
     tokenizer = tokenizer_of(HARMONY_MARKS if harmony else THINK_MARKS)
     eos = tokenizer.added_ids.get("<|return|>", 1)
-    config = SimpleNamespace(context=1000, vocab_size=tokenizer.vocab_size, eos_ids=(2, eos))
+    config = SimpleNamespace(context=1000, vocab_size=tokenizer.vocab_size, eos_ids=(2, eos), recomputed_after=None)
     return SimpleNamespace(tokenizer=tokenizer, folder=tmp_path, config=config, generation_config={})
 
 
