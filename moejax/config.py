@@ -387,6 +387,11 @@ class ModelConfig:
         return max((layer.moe.num_experts for layer in self.layers if layer.moe is not None), default=1)
 
     @property
+    def recurrent(self) -> bool:
+        """Whether a layer carries a state from token to token, and with it the rounding of all tokens before."""
+        return any(isinstance(layer.mixer, DeltaNetConfig) for layer in self.layers)
+
+    @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of its layers."""
         ropes = (None if isinstance(layer.mixer, DeltaNetConfig) else layer.mixer.rope for layer in self.layers)

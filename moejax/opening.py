@@ -14,6 +14,7 @@ from moejax.checkpoint.plan import MeshLayout, plan
 from moejax.checkpoint.quantized import dequantised
 from moejax.checkpoint.safetensors import CheckpointFiles
 from moejax.checkpoint.source import read_json
+from moejax.checkpoint.stacked import separated
 from moejax.config import ModelConfig
 from moejax.families import Family, family_of, read_config, text_config
 from moejax.moe.placement import Placement
@@ -61,6 +62,8 @@ class Checkpoint:
         patterns = family.left_out(text)
         others += [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
         files = CheckpointFiles(folder, {name: info for name, info in tensors.items() if name not in set(others)})
+        if not family.experts.stacked:
+            files = separated(files, family.names)
         quantization = text.get("quantization_config")
         if packed and (quantization or {}).get("quant_method") == "mxfp4":
             config = _with_packed_experts(config)

@@ -78,19 +78,22 @@ def _moe(model: LanguageModel) -> MoEConfig | None:
 
 
 def _attention(model: LanguageModel, batch: int) -> str:
+    """How heads are split: layers that are split alike together, and a split that all share once."""
     mesh = model.mesh
     stream = lay(batch, mesh, model.options).stream
-    shares = [layer.attention.share(stream) for layer in model.decoder.layers]
-    kinds = Counter(_heads(layer.mixer, share) for layer, share in zip(model.config.layers, shares, strict=True))
     data = mesh.shape["ep"] if stream.cut else 1
-    tensor = mesh.shape["tp"] * shares[0].helpers
-    alike = mesh.shape["ep"] // (data * shares[0].helpers)
-    heads = next(iter(kinds)) if len(kinds) == 1 else "; ".join(f"{kind} in {n} layers" for kind, n in kinds.items())
-    return (
-        f"attention data parallel {data} x tensor parallel {tensor}"
-        + (f" x {alike} alike" if alike > 1 else "")
-        + f": {heads}"
-    )
+    kinds = Counter()
+    for layer, block in zip(model.config.layers, model.decoder.layers, strict=True):
+        share = block.attention.share(stream)
+        alike = mesh.shape["ep"] // (data * share.helpers)
+        split = f"tensor parallel {mesh.shape['tp'] * share.helpers}" + (f" x {alike} alike" if alike > 1 else "")
+        kinds[split, _heads(layer.mixer, share)] += 1
+    parts, before = [], ""
+    for (split, heads), count in kinds.items():
+        layers = f" in {count} layer{'s'[: count > 1]}" if len(kinds) > 1 else ""
+        parts.append((f"{split}: " if split != before else "") + heads + layers)
+        before = split
+    return f"attention data parallel {data} x {'; '.join(parts)}"
 
 
 def _heads(mixer: Mixer, share: HeadShare) -> str:

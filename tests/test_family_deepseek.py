@@ -158,7 +158,8 @@ def test_names():
 def test_layers_that_predict_further_tokens_are_left_out():
     left_out = family_of("deepseek_v3").left_out
     assert left_out({}) == ("model.layers.61.*",)
-    assert left_out({"num_hidden_layers": 5, "num_nextn_predict_layers": 0, "num_mtp_layers": 0}) == ()
+    assert left_out({"num_hidden_layers": 5, "num_nextn_predict_layers": 0}) == ()
+    assert left_out({"num_hidden_layers": 5, "num_mtp_layers": 2}) == ("model.layers.5.*", "model.layers.6.*")
     assert family_of("deepseek_v2").left_out({"num_nextn_predict_layers": 1}) == ()
 
 

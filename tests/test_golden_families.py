@@ -1,7 +1,8 @@
 """The first tiny model of each newer family against what transformers computed: see `golden/make_families.py`.
 
 A family costs what it compiles, so each is loaded once, on the mesh that fits worst, and runs one forward pass (with
-and without padding, the same program) and one generation.
+and without padding, the same program) and one generation. The quick suite generates where the past is kept or read in a
+way that no family before has; the others' forward passes say the same of them.
 """
 
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from tiny import CONFIGS as FORMER
 from tiny_families import CONFIGS, FIRST, gives_probabilities
 
 import moejax
+from moejax.families import read_config
 from moejax.model import Forward
 from moejax.twins.writing import write_checkpoint
 
 FOLDER = Path(__file__).parent / "golden" / "families"
 PROMPTS = (1, 9, 23)
 PADDING, SHOWN = 9, (9, 12, 20, 27)
+# What decides how a mixer keeps and reads the past.
+SWITCHES = ("window", "chunk", "sinks", "gate", "keys_are_values", "temperature")
 
 
 class Case(NamedTuple):
@@ -48,6 +53,23 @@ def case(request, tmp_path_factory) -> Case:
     model = moejax.load(folder, mesh=moejax.make_mesh("ep=4,tp=2"), dtype="float32")
     output = model(golden["tokens"], output_router_logits=True, output_hidden_states=True)
     return Case(name, golden, model, output)
+
+
+def ways_of_keeping(raw: dict[str, Any]) -> set[tuple]:
+    config = read_config(raw)
+    mixers, recomputes = [layer.mixer for layer in config.layers], config.recomputed_after is not None
+    return {(type(m), recomputes, *(bool(getattr(m, switch, None)) for switch in SWITCHES)) for m in mixers}
+
+
+def with_new_ways() -> list[str]:
+    """The first configs that keep the past in a way that those before them, and the former families, do not."""
+    seen = set().union(*map(ways_of_keeping, FORMER.values()))
+    chosen = []
+    for name in FIRST:
+        ways = ways_of_keeping(CONFIGS[name])
+        chosen += [name] * (not ways <= seen)
+        seen |= ways
+    return chosen
 
 
 def relative_error(actual, expected: np.ndarray) -> float:
@@ -93,6 +115,11 @@ def test_left_padding(case):
     assert relative_error(np.concatenate([logits[0, -1:], logits[1, list(SHOWN)]]), case.golden["masked"]) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=() if name in with_new_ways() else pytest.mark.slow) for name in FIRST],
+    indirect=True,
+)
 def test_48_greedy_tokens_of_a_ragged_batch(case):
     ends = np.cumsum(PROMPTS)[:-1]
     prompts = [prompt.tolist() for prompt in np.split(case.golden["prompts"], ends)]

@@ -159,7 +159,7 @@ def test_ropes_keep_their_proportions():
 
 def test_groups_divide_the_experts_and_hold_those_chosen():
     small = small_sizes({"n_routed_experts": 160, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6})
-    assert small == {"n_routed_experts": 16, "n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}
+    assert small == {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 
 
 def test_layers_are_the_first_that_show_every_kind():

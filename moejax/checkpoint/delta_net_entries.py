@@ -15,18 +15,18 @@ def delta_net_entries(
 
     Projections of the input come in one of two forms: "qkvz" and "ba", in which each key head's rows are its query, its
     key, and the values and gates of its value heads (Qwen3-Next), or "qkv", "z", "b" and "a", each head after head
-    (Qwen3.5).
+    (Qwen3.5). The tensors' names begin with "linear.", apart from those of a model's attention layers.
     """
     N, G = config.num_value_heads, config.num_key_heads
     layout = head_layout(N, G, tp)
     values = tuple(head if head < N else -1 for head in range(layout.num_heads))
-    projections = _by_key_head if names.has("qkvz") else _by_part
+    projections = _by_key_head if names.has("linear.qkvz") else _by_part
     yield from projections(config, names, values, layout.kv_of, width)
     yield from _convolution(config, names, values, layout.kv_of)
     for part in ("dt_bias", "A_log"):
-        yield from Heads(values, N, 1).scalars(names.role(part), names.tensor(part))
-    yield whole_tensor(names.role("norm"), names.tensor("norm"), (config.value_dim,))
-    yield from Heads(values, N, config.value_dim).project_back(names.role("o"), names.tensor("o"), width)
+        yield from Heads(values, N, 1).scalars(names.role(part), names.tensor(f"linear.{part}"))
+    yield whole_tensor(names.role("norm"), names.tensor("linear.norm"), (config.value_dim,))
+    yield from Heads(values, N, config.value_dim).project_back(names.role("o"), names.tensor("linear.o"), width)
 
 
 def _by_key_head(
@@ -36,7 +36,7 @@ def _by_key_head(
     each = N // G
     rows = 2 * Hk + 2 * each * Hv
     for part, first in (("q", 0), ("k", Hk)):
-        yield from Heads(keys, G, rows, first, Hk).project(names.role(part), names.tensor("qkvz"), width)
+        yield from Heads(keys, G, rows, first, Hk).project(names.role(part), names.tensor("linear.qkvz"), width)
     for part, tensor, head_rows, first, size in (
         ("v", "qkvz", rows, 2 * Hk, Hv),
         ("z", "qkvz", rows, 2 * Hk + each * Hv, Hv),
@@ -70,7 +70,11 @@ def _projected(names: LayerNames, part: str, tensor: str, at: int, source: slice
     """One head's rows of a projection; `b` and `a` have a single one and no axis for it."""
     inputs = slice(0, width)
     dest = (inputs, slice(at, at + 1)) if part in "ba" else (inputs, at, slice(0, source.stop - source.start))
-    return names.role(part), Piece(dest, names.tensor(tensor), (source, inputs), transpose=True), (rows, width)
+    return (
+        names.role(part),
+        Piece(dest, names.tensor(f"linear.{tensor}"), (source, inputs), transpose=True),
+        (rows, width),
+    )
 
 
 def _convolution(
@@ -88,4 +92,4 @@ def _convolution(
             channels = slice(first + head * size, first + (head + 1) * size)
             source = (channels, slice(0, 1), slice(0, config.kernel))
             dest = (at, slice(0, size), slice(0, config.kernel))
-            yield names.role(part), Piece(dest, names.tensor("conv"), source, dropped=(1,)), shape
+            yield names.role(part), Piece(dest, names.tensor("linear.conv"), source, dropped=(1,)), shape

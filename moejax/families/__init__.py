@@ -22,7 +22,9 @@ from moejax.families.mixtral import MIXTRAL
 from moejax.families.olmoe import OLMOE
 from moejax.families.phimoe import PHIMOE
 from moejax.families.qwen2_moe import QWEN2_MOE
+from moejax.families.qwen3_5_moe import QWEN3_5_MOE
 from moejax.families.qwen3_moe import QWEN3_MOE
+from moejax.families.qwen3_next import QWEN3_NEXT
 from moejax.families.rope_parameters import unknown_rope_keys
 
 __all__ = ["DEFAULT_NAMES", "FAMILIES", "Family", "family_of", "read_config", "text_config", "unknown_fields"]
@@ -45,6 +47,8 @@ _ALL = (
     DOTS1,
     MINIMAX_M2,
     ERNIE4_5_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
@@ -81,9 +85,13 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     inner = raw.get("text_config")
     if not isinstance(inner, Mapping):
         raise MoejaxError(f"the config of model_type={model_type!r} has no text_config, which describes its text model")
-    # What describes the files stands outside; the text config's own word wins.
+    # What describes the files stands outside; the text config's own word wins. But embeddings that either ties are
+    # tied: transformers writes an inner false beside the outer true that its wrapper heeds. Files settle the matter.
     outer = {name: raw[name] for name in _OUTER_FIELDS if name in raw}
-    return outer | dict(inner) | {"model_type": family.model_type, "architectures": [family.architecture]}
+    fixed: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    if raw.get("tie_word_embeddings") is True:
+        fixed["tie_word_embeddings"] = True
+    return outer | dict(inner) | fixed
 
 
 _OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "transformers_version")

@@ -80,8 +80,8 @@ def further_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     """
     fields = Fields(raw)
     first = fields.integer("num_hidden_layers", num_layers)
-    counts = [fields.optional_integer(name, 1, minimum=0) or 0 for name in _FURTHER]
-    return tuple(f"model.layers.{first + index}.*" for index in range(max(counts)))
+    counts = [fields.optional_integer(name, minimum=0) or 0 for name in _FURTHER if name in raw]
+    return tuple(f"model.layers.{first + index}.*" for index in range(max(counts, default=1)))
 
 
 def refuse_unread(fields: Fields, scoring: str, method: str | None = None) -> None:

@@ -13,10 +13,11 @@ from moejax.errors import MoejaxError
 from moejax.families.fields import Fields
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
+# The keys of mrope spread three positions over the frequencies; in text the three are one.
 _KEYS = frozenset(
     "type rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor "
     "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor alpha "
-    "short_factor long_factor short_mscale long_mscale".split()
+    "short_factor long_factor short_mscale long_mscale mrope_section mrope_interleaved".split()
 )
 
 

@@ -2,7 +2,7 @@
 
 XLA's own `ragged_dot` is a dense expansion on CPU and GPU (every row times every group's matrix). Here a loop walks
 over tiles of rows that belong to one group: the work is that of the rows present, and matrices of empty groups are
-never read. Packed matrices are unpacked one at a time, inside the loop.
+never read. Packed matrices are unpacked one group's at a time, inside the loop.
 """
 
 from typing import TypeAlias
@@ -52,22 +52,30 @@ def _grouped_matmul(x: jax.Array, w: jax.Array | PackedMatrix, group_sizes: jax.
 
 
 def _products(x: jax.Array, w: jax.Array | PackedMatrix, group_sizes: jax.Array, transposed: bool) -> jax.Array:
-    """`x[i] @ w[g]`, or `x[i] @ w[g].T`, tile by tile."""
+    """`x[i] @ w[g]`, or `x[i] @ w[g].T`, group by group and tile by tile.
+
+    The loop within a group keeps XLA from merging the unpacking into each tile's product, which costs far more.
+    """
     groups, inputs, outputs = w.shape
     rows = _tile_rows(x.shape[0], groups)
     tiles = _tiles(group_sizes, rows)
     padded = pad_axis(x, 0, x.shape[0] + rows)
 
-    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        i, out = state
-        group, start, _ = _tile(tiles, i, rows)
-        matrix = _matrix(w, group, x.dtype)
-        product = _dot(lax.dynamic_slice_in_dim(padded, start, rows), matrix.T if transposed else matrix)
-        # Rows past the group's end are overwritten by the next group's tiles, which come later.
-        return i + 1, lax.dynamic_update_slice_in_dim(out, product, start, 0)
+    def of_group(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        group = _group(tiles, state[0])
+        matrix, past = _matrix(w, group, x.dtype), tiles[2][group]
+
+        def of_tile(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            i, out = state
+            _, start, _ = _tile(tiles, i, rows)
+            product = _dot(lax.dynamic_slice_in_dim(padded, start, rows), matrix.T if transposed else matrix)
+            # Rows past the group's end are overwritten by the next group's tiles, which come later.
+            return i + 1, lax.dynamic_update_slice_in_dim(out, product, start, 0)
+
+        return lax.while_loop(lambda state: state[0] < past, of_tile, state)
 
     initial = jnp.zeros((padded.shape[0], inputs if transposed else outputs), x.dtype)
-    out = _walk(tiles, step, initial, x, *jax.tree.leaves(w), group_sizes)
+    out = _walk(tiles, of_group, initial, x, *jax.tree.leaves(w), group_sizes)
     return _zero_past(out[: x.shape[0]], group_sizes)
 
 
@@ -129,10 +137,15 @@ def _tiles(group_sizes: jax.Array, rows: int) -> Tiles:
     return ends - group_sizes, ends, jnp.cumsum(_tiles_for(group_sizes, rows))
 
 
+def _group(tiles: Tiles, i: jax.Array) -> jax.Array:
+    """Tile i's group."""
+    return jnp.sum(tiles[2] <= i, dtype=jnp.int32)
+
+
 def _tile(tiles: Tiles, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tile i's group, its first row, and one past the last row of that group."""
     starts, ends, last_tiles = tiles
-    group = jnp.sum(last_tiles <= i, dtype=jnp.int32)
+    group = _group(tiles, i)
     tiles_of_group = _tiles_for(ends[group] - starts[group], rows)
     return group, starts[group] + (i - (last_tiles[group] - tiles_of_group)) * rows, ends[group]
 

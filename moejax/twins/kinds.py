@@ -11,7 +11,7 @@ _SIZES = frozenset(
     "num_heads num_kv_heads head_dim theta window chunk temperature kv_rank query_rank nope_dim value_dim "
     "num_key_heads num_value_heads key_dim hidden_size intermediate_size dense_intermediate_size "
     "shared_intermediate_size num_experts num_experts_per_tok dim turned_pairs original_length "
-    "short_factor long_factor".split()
+    "short_factors long_factors".split()
 )
 _COUNTS = frozenset({"groups", "kept_groups"})
 

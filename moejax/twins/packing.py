@@ -15,8 +15,10 @@ _LEFT = frozenset({"router", "shared_gate"})
 def packed(tensors: Mapping[str, np.ndarray], plan: Plan, config: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
     """The tensors as `quantization_config` says: MXFP4 for stacked experts, FP8 in blocks for layers' matrices."""
     result = dict(tensors)
-    method = None if config is None else config["quant_method"]
-    for name in _matrices(plan) if config else ():
+    if config is None:
+        return result
+    method = config["quant_method"]
+    for name in _matrices(plan):
         if method == "mxfp4" and tensors[name].ndim == 3:
             values = result.pop(name).astype(np.float32).swapaxes(-1, -2)
             result[f"{name}_blocks"], result[f"{name}_scales"] = mxfp4.pack(values)

@@ -128,7 +128,7 @@ def _groups(value: int, config: Config) -> int:
 
 def _kept_groups(value: int, config: Config) -> int:
     groups = config.get("n_group") or 1
-    return max(1, _groups(groups, config) * value // groups)
+    return max(min(value, 2), _groups(groups, config) * value // groups)
 
 
 def _original_length(value: int, config: Config) -> int:

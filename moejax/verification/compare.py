@@ -17,6 +17,8 @@ from moejax.verification.oracle import Reference
 TIE = 1e-5
 F32_TOLERANCE = 1e-5
 """max|a - b| / max|b| over a batch's logits, in float32."""
+RECURRENT_TOLERANCE = 1e-4
+"""The same for models with recurrent layers."""
 NARROW_KL = 5e-2
 """Largest mean KL divergence, in nats a token, that a 16-bit dtype may show.
 
@@ -86,6 +88,7 @@ def judge(
     expert_errors: dict[int, float],
     sparse: list[int],
     narrow: bool,
+    tolerance: float = F32_TOLERANCE,
 ) -> Row:
     """One row.
 
@@ -97,6 +100,7 @@ def judge(
       expert_errors: for each sparse layer the error of its experts under forced routing, over each token's norm.
       sparse: the sparse layers' indices.
       narrow: a 16-bit dtype, judged by agreement and divergence.
+      tolerance: of logits and hidden states in float32; that of the experts alone is F32_TOLERANCE always.
     """
     real = np.arange(tokens.shape[1]) < lengths[:, None]
     routing, greedy = routing_margins(reference), logit_margins(reference)
@@ -122,8 +126,8 @@ def judge(
         ok = kl <= NARROW_KL and worst <= NARROW_EXPERTS and observed.dropped == 0
         bad = next((layer for layer, e in expert_errors.items() if e > NARROW_EXPERTS), None)
         return Row(**common, first_bad_layer=bad, ok=bool(ok), argmax_agreement=agreement, kl=kl)
-    bad = _first_bad_layer(reference, observed, before_tie, expert_errors, sparse)
-    if bad is None and not error <= F32_TOLERANCE:
+    bad = _first_bad_layer(reference, observed, before_tie, expert_errors, sparse, tolerance)
+    if bad is None and not error <= tolerance:
         bad = "head"
     ok = bad is None and match and observed.dropped == 0
     return Row(**common, first_bad_layer=bad, ok=bool(ok))
@@ -156,11 +160,16 @@ def _greedy_match(reference: Reference, tokens: np.ndarray, where: np.ndarray) -
 
 
 def _first_bad_layer(
-    reference: Reference, observed: Observed, where: np.ndarray, expert_errors: dict[int, float], sparse: list[int]
+    reference: Reference,
+    observed: Observed,
+    where: np.ndarray,
+    expert_errors: dict[int, float],
+    sparse: list[int],
+    tolerance: float,
 ) -> int | str | None:
     """Walks up the layers: one is bad when its experts, routing or output are off while its input was right."""
     states = list(zip(observed.hidden_states, reference.hidden_states, strict=True))
-    if relative_error(*states[0], where) > F32_TOLERANCE:
+    if relative_error(*states[0], where) > tolerance:
         return "embedding"
     for layer in range(len(states) - 1):
         if not expert_errors.get(layer, 0.0) <= F32_TOLERANCE:
@@ -170,7 +179,7 @@ def _first_bad_layer(
             got, want = (np.sort(x[at], axis=-1) for x in (observed.experts, reference.experts))
             if (got != want)[where].any():
                 return layer
-        if not relative_error(*states[layer + 1], where) <= F32_TOLERANCE:
+        if not relative_error(*states[layer + 1], where) <= tolerance:
             return layer
     return None
 

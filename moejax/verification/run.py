@@ -20,7 +20,7 @@ from moejax.moe.block import moe
 from moejax.moe.params import ExpertParams
 from moejax.moe.reference import dense_moe
 from moejax.moe.router import Routing
-from moejax.verification.compare import Observed, Row, judge
+from moejax.verification.compare import F32_TOLERANCE, RECURRENT_TOLERANCE, Observed, Row, judge
 from moejax.verification.oracle import Oracle, Reference
 
 NEW_TOKENS = 16
@@ -75,6 +75,7 @@ class Verifier:
             {layer: self._expert_error(model, layer) for layer in sparse},
             sparse,
             narrow=self.oracle.dtype != jnp.float32,
+            tolerance=RECURRENT_TOLERANCE if model.config.recurrent else F32_TOLERANCE,
         )
 
     def _reference(self, tokens: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"]) -> Reference:

@@ -118,18 +118,25 @@ def _corrections(config: ModelConfig, seed: int) -> dict[int, np.ndarray]:
     return {layer: values[piece.tensor][piece.source].reshape(-1) for layer, found in pieces.items() for piece in found}
 
 
-def make(name: str) -> None:
+def settle(name: str) -> dict[str, np.ndarray]:
+    """The arrays of the first seed that is taken."""
     for seed in count():
         arrays, least = compute(name, seed)
         variety = min(len(set(row)) for row in arrays["greedy"].tolist())
-        if least > TIE and variety >= VARIETY:
-            break
-        print(f"{name}: seed {seed} refused: least margin {least:.1e}, {variety} different tokens")
+        taken = least > TIE and variety >= VARIETY
+        print(f"{name}: seed {seed} {'taken' if taken else 'refused'}, margin {least:.1e}, {variety} different tokens")
+        if taken:
+            return arrays
+    raise AssertionError("count() ended")
+
+
+def make(name: str) -> None:
+    arrays = settle(name)
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.npz"
     small = {key: value.astype(np.int16) if value.dtype == np.int64 else value for key, value in arrays.items()}
     np.savez_compressed(path, **small)
-    print(f"{name}: seed {seed}, least margin {least:.1e}, {variety} different tokens, {path.stat().st_size} bytes")
+    print(f"{path.name}: {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
