@@ -56,7 +56,8 @@ def check(run, block, routings, kept=lambda routing: routing):
     x, params = block.x(), block.params()
     for name, routing in routings.items():
         got, want = run(x, params, routing), oracle_gradients(block)(x, params, kept(routing))
-        assert got.keys() == want.keys() and len(got) == 4 + 2 * bool(block.shared) + block.gated + 2 * block.bias
+        kinds = 1 + bool(block.shared)  # each of a matrix, or a matrix and its bias, on either side of the activation
+        assert got.keys() == want.keys() and len(got) == 2 + kinds * (2 + 2 * block.bias) + block.gated
         chosen = np.asarray(kept(routing).experts) >= 0
         for tensor in got:
             a, b = got[tensor], want[tensor]
