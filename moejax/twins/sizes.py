@@ -64,7 +64,7 @@ def _kv_heads(value: int, config: Config) -> int:
 
 def _heads(value: int, config: Config) -> int:
     kv = config.get("num_key_value_heads") or value
-    return _kv_heads(kv, config) * min(value // kv, 16)
+    return _kv_heads(kv, config) * min(value // kv, 8)
 
 
 def _other_kv_heads(value: int, config: Config) -> int:

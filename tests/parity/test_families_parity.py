@@ -6,6 +6,7 @@ Needs the `parity` extra. `-m "parity and not slow"` only asks whether the golde
 
 import importlib
 import json
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +68,7 @@ def folder(name, now, tmp_path_factory) -> Path:
     return write_checkpoint(folder, without_end(CONFIGS[name]), int(now["seed"])).folder
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: re.sub("[=,]", "", mesh))
 def model(request, folder):
     jax.clear_caches()
     return moejax.load(folder, mesh=moejax.make_mesh(request.param), dtype="float32")
