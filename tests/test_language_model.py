@@ -274,6 +274,6 @@ def test_packed_sequences_past_the_trained_length_of_dynamic_rope_are_refused(tm
     length = model.config.max_position_embeddings + 1
     packed = np.repeat([[1, 2]], [length, 3], axis=1)
     with pytest.raises(
-        moejax.MoejaxError, match=rf"row 0 packs several sequences, one of {length} tokens; with dynamic rope"
+        moejax.MoejaxError, match=rf"row 0 packs several sequences, one of {length} tokens; with rope scaling by length"
     ):
         model(np.ones_like(packed), segment_ids=packed)

@@ -195,8 +195,8 @@ def dense_by_hand(hidden, scales_input, x, params, routing):
     both = both + params.gate_up_bias[routing.experts]
     rows = jnp.einsum("tkf,tkfd->tkd", hidden(both[:, :, 0], both[:, :, 1]), params.down[routing.experts])
     rows = rows + params.down_bias[routing.experts]
-    shared = jnp.einsum("td,dcf->tcf", x, params.shared_gate_up)
-    shared = jnp.einsum("tf,fd->td", hidden(shared[:, 0], shared[:, 1]), params.shared_down)
+    shared = jnp.einsum("td,dcf->tcf", x, params.shared_gate_up) + params.shared_gate_up_bias
+    shared = jnp.einsum("tf,fd->td", hidden(shared[:, 0], shared[:, 1]), params.shared_down) + params.shared_down_bias
     return jnp.einsum("tkd,tk->td", rows, after) + shared * jax.nn.sigmoid(x @ params.shared_gate)[:, None]
 
 
