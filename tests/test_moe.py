@@ -26,7 +26,7 @@ from moe_cases import (
     waves_of,
 )
 
-from moejax import ExpertParams, MoejaxError, Routing, moe
+from moejax import MoejaxError, Routing, moe
 from moejax.moe.router import NOWHERE
 
 ALL = Block(tokens=24, hidden=8, experts=4, chosen=4)
@@ -265,12 +265,9 @@ def test_not_inside_another_shard_map(mesh):
 def test_empty_slots_may_be_there_already(mesh):
     """As loaded layers hold them: padded weights and the true number of experts."""
     x, params, routing = CLAMPED.x(), CLAMPED.params(), CLAMPED.routings()["spread"]
-    padded = ExpertParams(
+    padded = params.replace(
         gate_up=jnp.pad(params.gate_up, ((0, 2), (0, 0), (0, 0), (0, 1))),
         down=jnp.pad(params.down, ((0, 2), (0, 1), (0, 0))),
-        shared_gate_up=params.shared_gate_up,
-        shared_down=params.shared_down,
-        shared_gate=params.shared_gate,
         gate_up_bias=jnp.pad(params.gate_up_bias, ((0, 2), (0, 0), (0, 1))),
         down_bias=jnp.pad(params.down_bias, ((0, 2), (0, 0))),
     )
