@@ -34,9 +34,10 @@ EVEN = DeltaNetConfig(num_key_heads=2, num_value_heads=8, key_dim=5, value_dim=3
 CASES = [
     ("ep=1,tp=1", ODD, False),
     ("ep=4,tp=2", ODD, True),
-    ("ep=4,tp=2", ODD, False),  # 3 heads a device, which 4 helpers do not divide
+    # 3 heads a device, which 4 helpers do not divide
+    pytest.param("ep=4,tp=2", ODD, False, marks=pytest.mark.slow),
     ("ep=2,tp=4", ODD, False),  # 8 value heads with padding, one a device
-    ("ep=2,tp=2", EVEN, False),  # helpers share a key head
+    pytest.param("ep=2,tp=2", EVEN, False, marks=pytest.mark.slow),  # helpers share a key head
 ]
 
 

@@ -58,6 +58,7 @@ def test_tokens_are_those_of_runs_over_whole_sequences(model):
     assert len({token for output in outputs for token in output.tokens}) > 5
 
 
+@pytest.mark.slow
 def test_without_it_they_differ(model):
     """So the test above would see a cache that is kept."""
     (rope,) = model.config.ropes
