@@ -60,8 +60,9 @@ class Checkpoint:
         if family.wrapper and raw["model_type"] == family.wrapper.model_type:
             tensors, others = _unwrapped(tensors, family.wrapper.prefixes)
         patterns = family.left_out(text)
-        others += [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        files = CheckpointFiles(folder, {name: info for name, info in tensors.items() if name not in set(others)})
+        unused = {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        others += [name for name in tensors if name in unused]
+        files = CheckpointFiles(folder, {name: info for name, info in tensors.items() if name not in unused})
         if not family.experts.stacked:
             files = separated(files, family.names)
         quantization = text.get("quantization_config")
