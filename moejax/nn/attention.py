@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, NormConfig
+from moejax.kernels.linear import linear
 from moejax.nn.attend import attend, attend_causal
 from moejax.nn.cache import LayerCache, appended, cache_size, filled, valid_places
 from moejax.nn.head_share import HeadShare
@@ -26,7 +27,6 @@ from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
-from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
 Params: TypeAlias = dict[str, jax.Array]
@@ -161,7 +161,7 @@ class Attention(nnx.Module):
             out, cache = mix(mine, q, k, v, *extras)
             if self.config.gate:
                 out = out * jax.nn.sigmoid(_projected(x, mine, "gate"))
-            y = jnp.einsum("bsnh,nhd->bsd", out, mine["o"], precision=precision_of(x.dtype))
+            y = linear(out, mine["o"], axes=2)
             return psum(y, share.axes), cache
 
         rows = stream.batch_spec
@@ -233,7 +233,7 @@ class Attention(nnx.Module):
 
 
 def _projected(x: Float[Array, "B S D"], params: Params, name: str) -> Float[Array, "B S N H"]:
-    y = jnp.einsum("bsd,dnh->bsnh", x, params[name], precision=precision_of(x.dtype))
+    y = linear(x, params[name])
     return y + params[f"{name}_bias"] if f"{name}_bias" in params else y
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import DeltaNetConfig, NormConfig
+from moejax.kernels.linear import linear
 from moejax.moe.activations import named_activation
 from moejax.nn.delta_rule import chunked, recurrent, restarts_of
 from moejax.nn.head_share import HeadShare
@@ -21,7 +22,6 @@ from moejax.nn.heads import head_layout
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
 Params: TypeAlias = dict[str, jax.Array]
@@ -161,10 +161,10 @@ class DeltaNet(nnx.Module):
         def local(params: Params, x: jax.Array, *extras: Any) -> tuple[jax.Array, DeltaCache | None]:
             mine = share.take(params, VALUE_HEADS, KEY_HEADS)
             out, cache = mix(mine, x, *extras)
-            z = jnp.einsum("bsd,dnh->bsnh", x, mine["z"], precision=precision_of(x.dtype))
+            z = linear(x, mine["z"])
             out = rms_norm(out.astype(x.dtype), mine["norm"], self.norm_eps)
             out = (out.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
-            y = jnp.einsum("bsnh,nhd->bsd", out, mine["o"], precision=precision_of(x.dtype))
+            y = linear(out, mine["o"], axes=2)
             return psum(y, share.axes), cache
 
         rows, cache_spec = stream.batch_spec, share.cache_spec
@@ -181,7 +181,7 @@ class DeltaNet(nnx.Module):
         """Queries, keys and values `[B, kernel - 1 + S, heads, H]` before the convolution, after those of the past."""
 
         def joined(name: str, before: jax.Array | None) -> jax.Array:
-            y = jnp.einsum("bsd,dnh->bsnh", x, params[name], precision=precision_of(x.dtype))
+            y = linear(x, params[name])
             if before is None:
                 return jnp.pad(y, ((0, 0), (self.config.kernel - 1, 0), (0, 0), (0, 0)))
             return jnp.concatenate([jnp.swapaxes(before, 1, 2), y], 1)
@@ -219,7 +219,7 @@ def convolve(
 
 def _rates(params: Params, x: jax.Array) -> tuple[Float[Array, "B S N"], Float[Array, "B S N"]]:
     """The log decay, in f32, and beta, rounded to the model's dtype as transformers does."""
-    b, a = (jnp.einsum("bsd,dn->bsn", x, params[name], precision=precision_of(x.dtype)) for name in ("b", "a"))
+    b, a = (linear(x, params[name]) for name in ("b", "a"))
     speed, bias = (params[name].astype(jnp.float32) for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(speed) * jax.nn.softplus(a.astype(jnp.float32) + bias)
     return log_decay, jax.nn.sigmoid(b.astype(jnp.float32)).astype(x.dtype)
