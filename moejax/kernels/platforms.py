@@ -46,3 +46,17 @@ def product(
 def product_gradient(x: Float[Array, "M K"], dy: Float[Array, "M N"]) -> Float[Array, "K N"]:
     """`x.T @ dy` in x's dtype, accumulated in f32."""
     return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), precision_of(x.dtype), jnp.float32).astype(x.dtype)
+
+
+def block_product(
+    x: Float[Array, "M K"],
+    w: Float[Array, "_ _ _"],
+    index: Int[Array, ""],
+    *,
+    axis: int,
+    transposed: bool,
+    out_dtype: DTypeLike,
+) -> Float[Array, "M N"]:
+    """`product` with the `index`-th matrix along `axis` (0, or 1 where not `transposed`) of `w`."""
+    matrix = lax.dynamic_index_in_dim(w, index, axis, keepdims=False)
+    return product(x, matrix, transposed=transposed, out_dtype=out_dtype)

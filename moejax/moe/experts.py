@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Activation
+from moejax.kernels.block import Block
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.kernels.linear import linear
 from moejax.moe.activations import activate
@@ -40,8 +41,8 @@ def _of_each_row(values: Float[Array, "E n"], group_sizes: Int[Array, " E"], row
 
 def gated_mlp(
     x: Float[Array, "*T D"],
-    gate_up: Float[Array, "D 2 F"],
-    down: Float[Array, "F D"],
+    gate_up: Float[Array, "D 2 F"] | Block,
+    down: Float[Array, "F D"] | Block,
     activation: Activation,
     gate_up_bias: Float[Array, "2 F"] | None = None,
     down_bias: Float[Array, " D"] | None = None,
@@ -56,8 +57,8 @@ def gated_mlp(
 
 def shared_expert(
     x: Float[Array, "T D"],
-    gate_up: Float[Array, "D 2 F"],
-    down: Float[Array, "F D"],
+    gate_up: Float[Array, "D 2 F"] | Block,
+    down: Float[Array, "F D"] | Block,
     gate: Float[Array, " D"] | None,
     activation: Activation,
     gate_up_bias: Float[Array, "2 F"] | None = None,

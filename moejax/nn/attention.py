@@ -7,7 +7,7 @@ of those. One sum over the devices at the end puts the output together. The head
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,13 @@ from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
 from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
-Params: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LayerCache | None]]
 
 # The axis of each parameter that its heads, query or key/value, are on; that axis is cut over tp.
 QUERY_HEADS = {"q": 1, "gate": 1, "o": 0, "q_bias": 0, "gate_bias": 0, "sinks": 0}
 KV_HEADS = {"k": 1, "v": 1, "k_bias": 0, "v_bias": 0}
+LINEAR = {"q", "k", "v", "gate", "o"}
 
 
 class Attention(nnx.Module):
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
         where = (*places.table(self.config.rope), places.positions)
 
         def local(params: Params, x: jax.Array, where: tuple[jax.Array, ...], *extras):
-            mine = share.take(params, *self._head_axes())
+            mine = share.take(params, *self._head_axes(), LINEAR)
             q, k, v = self._project(mine, x, where, share)
             out, cache = mix(mine, q, k, v, *extras)
             if self.config.gate:

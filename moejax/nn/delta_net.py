@@ -24,7 +24,7 @@ from moejax.nn.places import Places
 from moejax.nn.stream import Stream
 from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
-Params: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = dict[str, Any]
 Triple: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, "DeltaCache | None"]]
 
@@ -32,6 +32,7 @@ VALUE_HEADS = {"v": 1, "z": 1, "b": 1, "a": 1, "conv_v": 0, "dt_bias": 0, "A_log
 """The axis of the value heads for each parameter that has them."""
 KEY_HEADS = {"q": 1, "k": 1, "conv_q": 0, "conv_k": 0}
 """That of the query and key heads."""
+LINEAR = {"q", "k", "v", "z", "b", "a", "o"}
 
 
 @struct.dataclass
@@ -159,7 +160,7 @@ class DeltaNet(nnx.Module):
         specs = {name: stream.spec(*_cut(name, value.ndim)) for name, value in params.items()}
 
         def local(params: Params, x: jax.Array, *extras: Any) -> tuple[jax.Array, DeltaCache | None]:
-            mine = share.take(params, VALUE_HEADS, KEY_HEADS)
+            mine = share.take(params, VALUE_HEADS, KEY_HEADS, LINEAR)
             out, cache = mix(mine, x, *extras)
             z = linear(x, mine["z"])
             out = rms_norm(out.astype(x.dtype), mine["norm"], self.norm_eps)

@@ -8,7 +8,7 @@ Heads are cut across the mesh as in `attention`; the latents, which all heads re
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,12 @@ from moejax.nn.stream import Stream
 from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, pad_axis, psum, sharded_param
 
-Params: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
 
 # The axis of each parameter that its heads are on, which is cut over tp.
 HEADS = {"q": 1, "q_b": 1, "kv_b": 1, "o": 0}
+LINEAR = {"q", "q_b", "o"}
 
 
 class LatentAttention(nnx.Module):
@@ -125,7 +126,7 @@ class LatentAttention(nnx.Module):
         specs = {name: stream.spec(*_cut(name, value.ndim)) for name, value in params.items()}
 
         def local(params: Params, x: jax.Array, table: tuple[jax.Array, jax.Array], *extras):
-            mine = share.take(params, HEADS, {})
+            mine = share.take(params, HEADS, {}, LINEAR)
             out, cache = mix(mine, self._queries(mine, x, table), self._latents(mine, x, table), *extras)
             y = linear(out, mine["o"], axes=2)
             return psum(y, share.axes), cache
