@@ -98,20 +98,23 @@ def inputs(seed=1):
 
 @pytest.mark.parametrize(("spec", "config", "cut"), CASES)
 def test_equals_one_device(mesh, spec, config, cut):
-    """Packed and padded sequences; then a prefill of ragged rows and two decoded tokens."""
+    """Packed and padded sequences; then a prefill of ragged rows in two chunks and two decoded tokens."""
     axes, numbers, x = mesh(spec), canonical(config), inputs()
     (graph, state), stream = layer_on(axes, config, numbers), Stream(axes, cut)
 
     def everything(state, x, segments, lengths):
         layer, steps = nnx.merge(graph, state), []
         whole = layer(x, no_places(x), segments, stream)
-        prompts = Places(chunk_positions(0, 5, lengths), {})
-        out, cache = layer.extend(x[:, :5], prompts, layer.empty_cache(BATCH, LENGTH, stream), stream)
+        cache, outs = layer.empty_cache(BATCH, LENGTH, stream), []
+        for first, last in ((0, 3), (3, 5)):
+            places = Places(chunk_positions(first, last - first, lengths), {})
+            out, cache = layer.extend(x[:, first:last], places, cache, stream)
+            outs.append(out)
         for past in (lengths, lengths + 1):
             one = jnp.take_along_axis(x, past[:, None, None], 1)
             step, cache = layer.extend(one, no_places(one), cache, stream)
             steps.append(step)
-        return whole, out, jnp.concatenate(steps, 1), cache
+        return whole, jnp.concatenate(outs, 1), jnp.concatenate(steps, 1), cache
 
     whole, out, steps, cache = compiled(everything)(state, x, jnp.asarray(SEGMENTS), jnp.asarray(LENGTHS))
     want = reference(config)(numbers, x, jnp.asarray(SEGMENTS))

@@ -110,7 +110,7 @@ def attention_on(axes, config):
 
 @functools.cache
 def run(axes, config, cut):
-    """Whole sequences; then a prefill of ragged rows and one decoded token."""
+    """Whole sequences; then a prefill of ragged rows in two chunks and one decoded token."""
     if config.chunk is None:
         config = dataclasses.replace(config, window=4)
     (graph, state), stream = attention_on(axes, config), Stream(axes, cut)
@@ -125,11 +125,14 @@ def run(axes, config, cut):
         layer = nnx.merge(graph, state)
         places = jnp.broadcast_to(jnp.arange(LENGTH + 2, dtype=jnp.int32), x.shape[:2])
         whole = layer(x, at(places), jnp.asarray(segments), stream)
-        cache = layer.empty_cache(BATCH, ROOM, stream)
-        out, cache = layer.extend(x[:, :LENGTH], at(chunk_positions(0, LENGTH, lengths)), cache, stream)
+        cache, outs = layer.empty_cache(BATCH, ROOM, stream), []
+        for first, last in ((0, 3), (3, LENGTH)):
+            where = at(chunk_positions(first, last - first, lengths))
+            out, cache = layer.extend(x[:, first:last], where, cache, stream)
+            outs.append(out)
         one = jnp.take_along_axis(x, lengths[:, None, None], 1)
         step, cache = layer.extend(one, at(lengths[:, None]), cache, stream)
-        return whole, out, step, cache
+        return whole, jnp.concatenate(outs, 1), step, cache
 
     return compiled(everything)(state, x, lengths), nnx.merge(graph, state).share(stream), stream
 

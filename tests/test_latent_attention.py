@@ -123,7 +123,7 @@ def references(config):
 
 @pytest.mark.parametrize(("spec", "config", "cut"), CASES)
 def test_equals_the_reference(mesh, spec, config, cut):
-    """Packed segments each as if alone; a ragged prefill and the tokens after it as in one piece."""
+    """Packed segments each as if alone; a ragged prefill in two chunks and the tokens after it as in one piece."""
     axes = mesh(spec)
     (graph, state), stream = laid_out(axes, config, weights(config)), Stream(axes, cut)
 
@@ -132,14 +132,17 @@ def test_equals_the_reference(mesh, spec, config, cut):
         layer = nnx.merge(graph, state)
         restarted = jnp.asarray([[0, 1, 2, 0, 1, 2, 0]] * BATCH, jnp.int32)
         packed = layer(x, places_of(config, restarted), jnp.asarray(SEGMENTS), stream)
-        prompts = places_of(config, chunk_positions(0, LENGTH, lengths))
-        out, cache = layer.extend(x[:, :LENGTH], prompts, layer.empty_cache(BATCH, ROOM, stream), stream)
+        cache, outs = layer.empty_cache(BATCH, ROOM, stream), []
+        for first, last in ((0, 3), (3, LENGTH)):
+            places = places_of(config, chunk_positions(first, last - first, lengths))
+            out, cache = layer.extend(x[:, first:last], places, cache, stream)
+            outs.append(out)
         steps = []
         for positions in (lengths, lengths + 1):
             one = jnp.take_along_axis(x, positions[:, None, None], 1)
             y, cache = layer.extend(one, places_of(config, positions[:, None]), cache, stream)
             steps.append(y)
-        return packed, out, jnp.concatenate(steps, 1), cache
+        return packed, jnp.concatenate(outs, 1), jnp.concatenate(steps, 1), cache
 
     packed, out, steps, cache = everything(state, inputs(), LENGTHS)
     want, want_packed = map(np.asarray, references(config))
