@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from moe_cases import normal, relative
 
-from moejax.nn.attend import attend
-from moejax.nn.cache import appended, cache_size, filled, valid_places
+from moejax.kernels.attention.reference import attend
+from moejax.nn.attend import attend_places
+from moejax.nn.cache import appended, cache_size, filled, held
 
 PROMPT, STEPS, GROUPS, WIDTH = 9, 14, 2, 4
 LENGTHS = [1, 4, 9, 5]
@@ -36,7 +37,9 @@ def test_every_step_sees_what_the_window_shows(window):
     @jax.jit
     def step(cache, positions):
         cache = appended(cache, at(k, positions, 2), at(v, positions, 2), positions)
-        return cache, attend(at(q, positions, 1), cache.k, cache.v, valid_places(cache, positions))
+        places = held(positions, size)
+        out = attend_places(at(q, positions, 1), cache.k, cache.v, positions[:, None], places, window=window)
+        return cache, out
 
     @jax.jit
     def whole_history(positions):
@@ -60,4 +63,5 @@ def test_token_at_position_p_is_in_place_p_modulo_size():
     assert cache.k[0, 0, :, 0].tolist() == [4, 5, 2, 3]
     cache = appended(cache, jnp.full((1, 1, 1, 1), 6.0), jnp.full((1, 1, 1, 1), 6.0), jnp.array([6], jnp.int32))
     assert cache.k[0, 0, :, 0].tolist() == [4, 5, 6, 3]
-    assert valid_places(cache, jnp.array([2], jnp.int32))[0, 0].tolist() == [True, True, True, False]
+    assert held(jnp.array([6], jnp.int32), 4).tolist() == [[4, 5, 6, 3]]
+    assert held(jnp.array([2], jnp.int32), 4).tolist() == [[0, 1, 2, -1]]

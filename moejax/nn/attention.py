@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, NormConfig
-from moejax.nn.attend import attend, attend_causal
-from moejax.nn.cache import LayerCache, appended, cache_size, filled, valid_places
+from moejax.nn.attend import attend_causal, attend_places
+from moejax.nn.cache import LayerCache, appended, cache_size, filled, held
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
 from moejax.nn.norm import neutral, normalise, scaled, unit_norm
@@ -125,8 +125,17 @@ class Attention(nnx.Module):
 
         def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: LayerCache):
             cache = appended(cache, _heads_first(k), _heads_first(v), positions)
-            visible = valid_places(cache, positions, config.chunk)
-            out = attend(q, cache.k, cache.v, visible, scale=config.scale, sinks=params.get("sinks"))
+            out = attend_places(
+                q,
+                cache.k,
+                cache.v,
+                positions[:, None],
+                held(positions, cache.k.shape[2]),
+                window=config.window,
+                chunk=config.chunk,
+                scale=config.scale,
+                sinks=params.get("sinks"),
+            )
             return out, cache
 
         y, new = self._on_shards(mix, x, places, (positions, cache), stream, returns_cache=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.sharding import pad_axis
 
@@ -59,10 +59,7 @@ def put_rows(places: jax.Array, new: jax.Array, at: Int[Array, " B"]) -> jax.Arr
     return jax.vmap(lambda row, value, i: lax.dynamic_update_slice_in_dim(row, value, i, 1))(places, new, at)
 
 
-def valid_places(cache: LayerCache, positions: Int[Array, " B"], chunk: int | None = None) -> Bool[Array, "B 1 C"]:
-    """Which places hold a token that the one at `positions`, just appended, sees.
-
-    Those filled so far, all of them once the ring is full. With chunks, which start at place 0, those of the newest.
-    """
-    newest = positions if chunk is None else positions % chunk
-    return (jnp.arange(cache.k.shape[2], dtype=jnp.int32) <= newest[:, None])[:, None, :]
+def held(newest: Int[Array, " B"], size: int) -> Int[Array, "B C"]:
+    """The position of the token in each place once the one at `newest` is there; -1 for places never filled."""
+    behind = (newest[:, None] - jnp.arange(size, dtype=jnp.int32)) % size
+    return jnp.maximum(newest[:, None] - behind, -1)

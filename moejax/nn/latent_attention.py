@@ -17,10 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import LatentAttentionConfig, NormConfig
-from moejax.nn.attend import attend, attend_causal
+from moejax.nn.attend import attend_causal, attend_places
+from moejax.nn.cache import held
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
-from moejax.nn.latent_cache import LatentCache, appended, valid_places
+from moejax.nn.latent_cache import LatentCache, appended
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
@@ -183,7 +184,8 @@ class LatentAttention(nnx.Module):
         q = jnp.concatenate([jnp.einsum("bsnh,lnh->bsnl", nope, to_key, precision=exact), rope], -1)
         kept = cache.latent[:, None]
         # The shared keys are summed too and dropped: a few products more, but no copy of the latents without them.
-        out = attend(q, kept, kept, valid_places(cache, positions), scale=config.scale)
+        places = held(positions, kept.shape[2])
+        out = attend_places(q, kept, kept, positions[:, None], places, scale=config.scale)
         return jnp.einsum("bsnl,lnv->bsnv", out[..., : config.kv_rank], to_value, precision=exact)
 
 
