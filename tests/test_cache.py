@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from moe_cases import normal, relative
 
-from moejax.nn.attend import attend
-from moejax.nn.cache import LayerCache, cache_size, extended, held_positions, put, visible_places
+from moejax.kernels.attention.reference import attend
+from moejax.nn.attend import attend_places
+from moejax.nn.cache import LayerCache, cache_size, extended, held, put
 from moejax.nn.places import chunk_positions
 
 LENGTHS = [1, 9, 23, 14]
@@ -40,7 +41,7 @@ def test_tokens_see_what_the_whole_history_shows_them(window, chunk, size):
     @jax.jit
     def step(cache, q, k, v, positions):
         keys, cache = extended(cache, k, v, positions, ring=(window or chunk) is not None)
-        return attend(q, keys.k, keys.v, visible_places(positions, keys.positions, window, chunk)), cache
+        return attend_places(q, keys.k, keys.v, positions, keys.positions, window=window, chunk=chunk), cache
 
     cache, outs = empty(places), []
     for first in range(0, LONGEST, size):
@@ -62,10 +63,10 @@ def test_token_at_position_p_is_in_place_p_modulo_size():
     k = jnp.arange(7, dtype=jnp.float32)[None, :, None, None]
     ring = put(jnp.zeros((1, 1, 4, 1)), k, chunk_positions(0, 7, jnp.array([6], jnp.int32)))
     assert ring[0, 0, :, 0].tolist() == [4, 5, 2, 3]
-    assert held_positions(jnp.array([5], jnp.int32), 4).tolist() == [[4, 5, 2, 3]]
+    assert held(jnp.array([5], jnp.int32), 4).tolist() == [[4, 5, 2, 3]]
     ring = put(ring, jnp.full((1, 1, 1, 1), 6.0), jnp.array([[6]], jnp.int32))
     assert ring[0, 0, :, 0].tolist() == [4, 5, 6, 3]
-    assert held_positions(jnp.array([1], jnp.int32), 4).tolist() == [[0, 1, -1, -1]]
+    assert held(jnp.array([1], jnp.int32), 4).tolist() == [[0, 1, -1, -1]]
 
 
 def test_padding_leaves_every_place_as_it_is():

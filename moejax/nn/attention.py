@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, NormConfig
-from moejax.nn.attend import attend, attend_causal
-from moejax.nn.cache import LayerCache, cache_size, extended, visible_places
+from moejax.nn.attend import attend_causal, attend_places
+from moejax.nn.cache import LayerCache, cache_size, extended
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
 from moejax.nn.norm import neutral, normalise, scaled, unit_norm
@@ -112,8 +112,18 @@ class Attention(nnx.Module):
 
         def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: LayerCache):
             keys, new = extended(cache, k, v, positions, ring=(config.window or config.chunk) is not None)
-            visible = visible_places(positions, keys.positions, config.window, config.chunk)
-            return attend(q, keys.k, keys.v, visible, scale=config.scale, sinks=params.get("sinks")), new
+            out = attend_places(
+                q,
+                keys.k,
+                keys.v,
+                positions,
+                keys.positions,
+                window=config.window,
+                chunk=config.chunk,
+                scale=config.scale,
+                sinks=params.get("sinks"),
+            )
+            return out, new
 
         y, new = self._on_shards(mix, x, places, (places.positions, cache), stream, returns_cache=True)
         assert new is not None

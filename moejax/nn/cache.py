@@ -10,7 +10,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 Cache: TypeAlias = PyTree
 """What any kind of layer keeps of the tokens so far; its mixer makes it and alone knows its form."""
@@ -58,8 +58,8 @@ def extended(
     size = cache.k.shape[2]
     new = LayerCache(k=put(cache.k, k, positions), v=put(cache.v, v, positions))
     if k.shape[1] == 1 or not ring:
-        return Keys(new.k, new.v, held_positions(positions.max(1), size)), new
-    before = held_positions(positions[:, 0] - 1, size)
+        return Keys(new.k, new.v, held(positions.max(1), size)), new
+    before = held(positions[:, 0] - 1, size)
     k, v = (jnp.concatenate([old, jnp.swapaxes(a, 1, 2)], 2) for old, a in ((cache.k, k), (cache.v, v)))
     return Keys(k, v, jnp.concatenate([before, positions], 1)), new
 
@@ -76,19 +76,7 @@ def place_of(positions: Int[Array, "B S"], size: int) -> Int[Array, "B S"]:
     return jnp.where(kept, positions % size, size)
 
 
-def held_positions(newest: Int[Array, " B"], size: int) -> Int[Array, "B C"]:
-    """The position that each place holds once the tokens up to `newest` are there; -1 for empty places."""
-    last = newest[:, None]
-    positions = last - (last - jnp.arange(size, dtype=jnp.int32)) % size
-    return jnp.maximum(positions, -1)
-
-
-def visible_places(
-    queries: Int[Array, "B S"], keys: Int[Array, "B T"], window: int | None = None, chunk: int | None = None
-) -> Bool[Array, "B S T"]:
-    """Which keys each query sees, by the positions of both; -1 is nothing's position."""
-    q, k = queries[:, :, None], keys[:, None]
-    seen = (k >= 0) & (k <= q)
-    if window is not None:
-        seen &= q - k < window
-    return seen if chunk is None else seen & (q // chunk == k // chunk)
+def held(newest: Int[Array, " B"], size: int) -> Int[Array, "B C"]:
+    """The position of the token in each place once the one at `newest` is there; -1 for places never filled."""
+    behind = (newest[:, None] - jnp.arange(size, dtype=jnp.int32)) % size
+    return jnp.maximum(newest[:, None] - behind, -1)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import LatentAttentionConfig, NormConfig
-from moejax.nn.attend import attend, attend_causal
-from moejax.nn.cache import held_positions, visible_places
+from moejax.nn.attend import attend_causal, attend_places
+from moejax.nn.cache import held
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
 from moejax.nn.latent_cache import LatentCache, extended
@@ -92,9 +92,9 @@ class LatentAttention(nnx.Module):
 
         def mix(params: Params, q: jax.Array, latent: jax.Array, positions: jax.Array, cache: LatentCache):
             new = extended(cache, latent, positions)
-            visible = visible_places(positions, held_positions(positions.max(1), new.latent.shape[1]))
+            held_places = held(positions.max(1), new.latent.shape[1])
             over = self._over_latents if q.shape[1] == 1 else self._over_heads
-            return over(params, q, new.latent, visible), new
+            return over(params, q, new.latent, positions, held_places), new
 
         y, new = self._on_shards(mix, x, places, (places.positions, cache), stream, returns_cache=True)
         assert new is not None
@@ -162,17 +162,20 @@ class LatentAttention(nnx.Module):
         params: Params,
         q: Float[Array, "B S N H"],
         latent: Float[Array, "B C L"],
-        visible: Bool[Array, "B S C"],
+        positions: Int[Array, "B S"],
+        held_places: Int[Array, "B C"],
     ) -> Float[Array, "B S N Hv"]:
         """Over the keys and values of each local head: fewer products where many queries share what is written out."""
-        return attend(q, *self._written_out(params, latent), visible, scale=self.config.scale)
+        k, v = self._written_out(params, latent)
+        return attend_places(q, k, v, positions, held_places, scale=self.config.scale)
 
     def _over_latents(
         self,
         params: Params,
         q: Float[Array, "B S N H"],
         latent: Float[Array, "B C L"],
-        visible: Bool[Array, "B S C"],
+        positions: Int[Array, "B S"],
+        held_places: Int[Array, "B C"],
     ) -> Float[Array, "B S N Hv"]:
         """With the kept latents themselves as the one key/value head that all local heads share."""
         config, exact = self.config, precision_of(q.dtype)
@@ -181,7 +184,7 @@ class LatentAttention(nnx.Module):
         q = jnp.concatenate([jnp.einsum("bsnh,lnh->bsnl", nope, to_key, precision=exact), rope], -1)
         kept = latent[:, None]
         # The shared keys are summed too and dropped: a few products more, but no copy of the latents without them.
-        out = attend(q, kept, kept, visible, scale=config.scale)
+        out = attend_places(q, kept, kept, positions, held_places, scale=config.scale)
         return jnp.einsum("bsnl,lnv->bsnv", out[..., : config.kv_rank], to_value, precision=exact)
 
     def _written_out(
