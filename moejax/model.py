@@ -125,6 +125,20 @@ class Decoder(nnx.Module):
         hidden_states: bool = False,
     ) -> Forward:
         """Logits of whole sequences. B is `lie.rows`; segment 0 is padding, positions feed the rotary embedding."""
+        states, details = self.hidden_states(tokens, segments, positions, lie)
+        sparse = [d for d in details if d is not None]
+        return Forward(
+            logits=self._logits(states[-1], lie),
+            router_logits=tuple(_flat(d.router_logits) for d in sparse) if router_logits else (),
+            routed_experts=tuple(_flat(d.routing.experts) for d in sparse) if router_logits else (),
+            hidden_states=states if hidden_states else (),
+            dropped=_dropped(details),
+        )
+
+    def hidden_states(
+        self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], positions: Int[Array, "B S"], lie: Lie
+    ) -> tuple[tuple[Float[Array, "B S D"], ...], list[MoEDetails | None]]:
+        """The embeddings and each layer's output, the last one after the final norm; each layer's details."""
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         places = Places.of(self.config, positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []
@@ -133,15 +147,12 @@ class Decoder(nnx.Module):
             x, detail = layer(x, places, segments, lie.stream, lie.parallel)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
-        x = self.norm(x)
-        sparse = [d for d in details if d is not None]
-        return Forward(
-            logits=self._logits(x, lie),
-            router_logits=tuple(_flat(d.router_logits) for d in sparse) if router_logits else (),
-            routed_experts=tuple(_flat(d.routing.experts) for d in sparse) if router_logits else (),
-            hidden_states=(*states, x) if hidden_states else (),
-            dropped=_dropped(details),
-        )
+        return (*states, self.norm(x)), details
+
+    def head(self) -> tuple[Float[Array, "Vp D"], Float[Array, " Vp"] | None]:
+        """The table that gives logits, which may be the embedding's, and their bias."""
+        table = self.embed if self.lm_head is None else self.lm_head
+        return table[...], None if self.lm_head_bias is None else self.lm_head_bias[...]
 
     def empty_caches(self, max_len: int, lie: Lie) -> tuple[Cache, ...]:
         """A cache of no tokens for each layer, with room for `max_len` in a row."""
@@ -186,10 +197,9 @@ class Decoder(nnx.Module):
     def _logits(self, x: jax.Array, lie: Lie) -> jax.Array:
         config = self.config
         with jax.named_scope("lm_head"):
-            head = self.embed if self.lm_head is None else self.lm_head
-            logits = head_logits(x, head[...], config.vocab_size, lie.stream)
-            bias = None if self.lm_head_bias is None else self.lm_head_bias[...][: config.vocab_size]
-            return finished_logits(logits, bias, config)
+            head, bias = self.head()
+            logits = head_logits(x, head, config.vocab_size, lie.stream)
+            return finished_logits(logits, None if bias is None else bias[: config.vocab_size], config)
 
 
 def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | None, config: ModelConfig) -> jax.Array:
