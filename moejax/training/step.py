@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -38,9 +39,19 @@ class TrainState:
 
     @classmethod
     def of(cls, decoder: Decoder, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The first state, from a decoder's parameters; these are copied only where they are not f32."""
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), nnx.state(decoder, nnx.Param))
-        return cls(params, jax.jit(optimizer.init)(params))
+        """The first state, from a decoder's parameters, which go into it: those that are f32 are not copied."""
+        params = jax.tree.map(_master, nnx.state(decoder, nnx.Param))
+        everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+        counted = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), optimizer.init(params))
+        return cls(params, counted)
+
+
+def _master(p: jax.Array) -> jax.Array:
+    """In f32, its sharding spelled as compiled programs spell their results', lest the second step compile anew."""
+    spec = list(p.sharding.spec)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return jax.device_put(p.astype(jnp.float32), NamedSharding(p.sharding.mesh, PartitionSpec(*spec)))
 
 
 def next_token_loss(decoder: Decoder, batch: Batch, lie: Lie) -> Float[Array, ""]:

@@ -68,16 +68,12 @@ def weight_gradient(
     return _call("moejax_weight_gradient", shape, out_dtype, x, dy, group_sizes, isa=isa)
 
 
-def _call(
-    handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int
-) -> jax.Array:
+def _call(handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int) -> jax.Array:
     """Inside shard_map the result differs along every axis along which an operand does."""
     operands = tuple(varying_as(operand, *operands) for operand in operands)
     kind = jax.typeof(operands[0])
     # JAX takes the mark of what differs only beside the mesh that it refers to.
     sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None
-    result = jax.ShapeDtypeStruct(
-        shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type
-    )
+    result = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type)
     numbers = {name: value if isinstance(value, bool) else np.int64(value) for name, value in attributes.items()}
     return jax.ffi.ffi_call(handler, result)(*operands, **numbers)
