@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from moejax.benchmarks.interleave import Spread, interleave
@@ -11,6 +10,7 @@ from moejax.benchmarks.peers import Child
 from moejax.benchmarks.work import Work
 from moejax.inference.generate import Timing, generate
 from moejax.language_model import LanguageModel
+from moejax.model import Forward
 
 OWN = "moejax"
 
@@ -142,4 +142,5 @@ def experts_hit(model: LanguageModel, work: Work, figures: Figures) -> tuple[flo
 def _routing(model: LanguageModel, row: Sequence[int], skip: int) -> list[np.ndarray]:
     """The experts `[S - skip, K]` of a sequence's tokens from number `skip` on, for each sparse layer."""
     out = model([list(row)], output_router_logits=True)
-    return [np.asarray(jax.device_get(chosen))[skip:] for chosen in out.routed_experts]
+    assert isinstance(out, Forward)
+    return [np.asarray(chosen)[skip:] for chosen in out.routed_experts]

@@ -1,5 +1,6 @@
 """The transformers that is installed, in processes of its own: started, asked, ended."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,11 @@ _GRACE_S = 5.0
 def cpus() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float:
+    """Processes that wanted a core, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def check_installed(processes: int = 1) -> None:
@@ -53,10 +59,11 @@ class Child:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        try:
             self._process.wait(_GRACE_S)
-        except (OSError, subprocess.TimeoutExpired, KeyboardInterrupt):
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process.stdout.close()
@@ -111,4 +118,3 @@ def transformers_child(processes: int = 1) -> Child:
         return Child([str(_SCRIPT)], threads)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return Child([*launch, str(_SCRIPT)], threads)
-

@@ -50,7 +50,10 @@ def draw(panels: Sequence[Panel], path: str) -> None:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in panel.lines.items():
             x, middle, low, high = (list(column) for column in zip(*sorted(points), strict=True))
-            reach = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
+            reach = [
+                [m - v for m, v in zip(middle, low, strict=True)],
+                [v - m for m, v in zip(middle, high, strict=True)],
+            ]
             axes.errorbar(x, middle, yerr=reach, marker="o", capsize=3, label=name)
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log", yscale="log")
         axes.legend(fontsize="small")

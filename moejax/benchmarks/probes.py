@@ -36,7 +36,9 @@ def matrix_peak(dtype: str, mesh: Mesh, peer: Child | None = None) -> Limit:
     All devices of an accelerator mesh together; virtual devices of a CPU share it, so it counts once.
     """
     sizes = _SIZES.get(_platform(mesh), _LARGE_SIZES)
-    found = [Limit(2 * n**3 / _seconds(way, *_square(n, dtype)), f"{name} {n}") for n in sizes for name, way in _PRODUCTS]
+    found = [
+        Limit(2 * n**3 / _seconds(way, *_square(n, dtype)), f"{name} {n}") for n in sizes for name, way in _PRODUCTS
+    ]
     found = [Limit(limit.rate * _chips(mesh), limit.by) for limit in found]
     if peer is not None:
         found += [Limit(2 * n**3 / peer.ask("matmul", dtype=dtype, size=n)["seconds"], f"torch {n}") for n in sizes]

@@ -24,8 +24,8 @@ def write_random_checkpoint(
 ) -> Path:
     """Writes config.json and model.safetensors, and returns the folder.
 
-    Matrices are normal with the standard deviation 1 / sqrt(last dimension), everything of one dimension is 1. Weights that the
-    config would have quantised are written plain, in `dtype`.
+    Matrices are normal with the standard deviation 1 / sqrt(last dimension), everything of one dimension is 1. Weights
+    that the config would have quantised are written plain, in `dtype`.
 
     Args:
       folder: exists and is empty.

@@ -17,6 +17,20 @@ class Limits:
     matrix: Limit
     read: Limit
 
+    def best(self, other: "Limits") -> "Limits":
+        """Of two probes, before and after, the higher figures: what disturbs a probe makes it lower."""
+
+        def rate(limit: Limit) -> float:
+            return limit.rate
+
+        return Limits(max(self.matrix, other.matrix, key=rate), max(self.read, other.read, key=rate))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.matrix.rate / 1e9:.0f} GFLOP/s ({self.matrix.by}), "
+            f"reading {self.read.rate / 1e9:.1f} GB/s ({self.read.by})"
+        )
+
     def as_json(self) -> dict[str, Any]:
         return {
             "matrix_flops_per_s": self.matrix.rate,

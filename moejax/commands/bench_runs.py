@@ -5,6 +5,7 @@ import contextlib
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,17 @@ from moejax.benchmarks.collectives import time_collectives
 from moejax.benchmarks.generation import OWN, Batch, Run, experts_hit, measure, own_contender, peer_contender
 from moejax.benchmarks.layer import Case, block_of, layer_flops, time_layers
 from moejax.benchmarks.loading import measure_loading
-from moejax.benchmarks.peers import Child, check_installed, cpus, transformers_child
+from moejax.benchmarks.peers import Child, check_installed, cpus, load_average, transformers_child
 from moejax.benchmarks.probes import matrix_peak, read_bandwidth
 from moejax.benchmarks.random_weights import write_random_checkpoint
 from moejax.benchmarks.report import Limits, batch_result, timed
 from moejax.benchmarks.work import Work
 from moejax.checkpoint.source import read_json
 from moejax.commands.session import LoadingBar, agree_on, console, load_model, log, mesh_for
-from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families import read_config
-from moejax.language_model import LanguageModel
 from moejax.loading import dtype_of
-from moejax.mesh import describe, make_mesh
+from moejax.mesh import describe, make_mesh, parse_mesh
 from moejax.report import report_lines
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
@@ -53,14 +52,19 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
         peer = stack.enter_context(transformers_child(mesh.size)) if args.vs else None
         versions = _load_peer(peer, folder, dtype) if peer else {}
         work = Work.of(model.config, args.dtype)
-        limits = _limits(dtype, mesh, peer if mesh.size == 1 else None)
-        batches = []
+        # Several processes of a peer would share the machine in a probe of their own.
+        probe = partial(_limits, dtype, mesh, peer if mesh.size == 1 else None)
+        limits = probe()
+        measured = []
         for size in args.batch_size:
             batch = Batch.random(model.config.vocab_size, size, args.input_len, args.output_len)
             contenders = {OWN: own_contender(model, batch)} | _peers(peer, batch, work)
             with _rounds(f"{size} x {args.input_len} + {args.output_len} tokens", args.rounds) as tick:
                 figures = measure(contenders, batch, args.rounds, tick)
-            batches.append(batch_result(figures, work, experts_hit(model, work, figures[OWN]), limits))
+            measured.append((figures, experts_hit(model, work, figures[OWN])))
+        limits = limits.best(probe())
+    log(f"limits    {limits}")
+    batches = [batch_result(figures, work, hit, limits) for figures, hit in measured]
     lengths = {"input_len": args.input_len, "output_len": args.output_len}
     return _setting(args, mesh, dtype) | versions | lengths | {"limits": limits.as_json(), "batches": batches}
 
@@ -176,13 +180,7 @@ def _peers(peer: Child | None, batch: Batch, work: Work) -> dict[str, Callable[[
 
 def _limits(dtype: str, mesh: Mesh, peer: Child | None) -> Limits:
     with console.status("probing this machine's limits"):
-        limits = Limits(matrix_peak(dtype, mesh, peer), read_bandwidth(mesh, peer))
-    matrix, read = limits.matrix, limits.read
-    log(
-        f"limits    {matrix.rate / 1e9:.0f} GFLOP/s in {dtype} ({matrix.by}), "
-        f"reading {read.rate / 1e9:.1f} GB/s ({read.by})"
-    )
-    return limits
+        return Limits(matrix_peak(dtype, mesh, peer), read_bandwidth(mesh, peer))
 
 
 @contextlib.contextmanager
@@ -204,6 +202,7 @@ def _setting(args: argparse.Namespace, mesh: Mesh, dtype: str) -> dict[str, Any]
         "dtype": dtype,
         "rounds": args.rounds,
         "cpus": cpus(),
+        "load_average": load_average(),
         "versions": {"moejax": moejax.__version__, "jax": jax.__version__, "flax": importlib.metadata.version("flax")},
     }
 
@@ -214,9 +213,7 @@ def _axes(mesh: Mesh) -> str:
 
 def _largest_first(meshes: list[str] | None) -> list[str | None]:
     """So that there are virtual devices for all."""
-    if meshes is None:
-        return [None]
-    return sorted(meshes, key=lambda text: -moejax.mesh.parse_mesh(text).size)
+    return [None] if meshes is None else [*sorted(meshes, key=lambda text: -parse_mesh(text).size)]
 
 
 def _at_least(name: str, value: int | list[int], least: int) -> None:

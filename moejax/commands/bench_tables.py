@@ -16,22 +16,53 @@ def table_of(result: Result) -> list[Table | str]:
     return _TABLES[result["benchmark"]](result)
 
 
-def _generation(result: Result) -> list[Table | str]:
-    titles = ("batch", "runtime", "TTFT ms", "TPOT ms", "prefill t/s", "decode t/s", "all t/s", "of peak", "of read")
-    rows, lines = [], []
-    for batch in result["batches"]:
-        for row in batch["rows"]:
-            rates = [f"{row[name]:.4g}" for name in ("prefill_tok_s", "decode_tok_s", "total_tok_s")]
-            shares = [f"{row[name]:.0%}" for name in ("prefill_share", "decode_share")]
-            times = [_milliseconds(row[name]) for name in ("ttft_s", "tpot_s")]
-            rows.append([str(batch["batch_size"]), row["contender"], *times, *rates, *shares])
-        if against := batch["against"]:
-            lines.append(
-                f"batch {batch['batch_size']}: prefill {against['prefill_ratio']:.2f} times "
-                f"{against['prefill_best_peer']}, decode {against['decode_ratio']:.2f} times "
-                f"{against['decode_best_peer']}; {against['same_tokens']:.0%} of the tokens the same"
-            )
-    return [_table(titles, rows), *lines]
+def _latency(result: Result) -> list[Table | str]:
+    titles = ("runtime", "TTFT ms", "TPOT ms", "prefill/s", "decode/s", "peak", "read")
+
+    def cells(batch: Result, row: Result) -> list[str]:
+        return [
+            row["contender"],
+            _milliseconds(row["ttft_s"]),
+            _milliseconds(row["tpot_s"]),
+            *_rates(row),
+            *_shares(row),
+        ]
+
+    return _generation(result, titles, cells)
+
+
+def _throughput(result: Result) -> list[Table | str]:
+    titles = ("batch", "runtime", "prefill/s", "decode/s", "all/s", "peak", "read")
+
+    def cells(batch: Result, row: Result) -> list[str]:
+        return [str(batch["batch_size"]), row["contender"], *_rates(row), _digits(row["total_tok_s"]), *_shares(row)]
+
+    return _generation(result, titles, cells)
+
+
+def _generation(
+    result: Result, titles: Sequence[str], cells: Callable[[Result, Result], list[str]]
+) -> list[Table | str]:
+    batches = result["batches"]
+    table = _table(titles, [cells(batch, row) for batch in batches for row in batch["rows"]])
+    return [table, *(_against(batch) for batch in batches if batch["against"])]
+
+
+def _against(batch: Result) -> str:
+    against = batch["against"]
+    return (
+        f"batch {batch['batch_size']}: prefill {against['prefill_ratio']:.2f} times {against['prefill_best_peer']}, "
+        f"decode {against['decode_ratio']:.2f} times {against['decode_best_peer']}; "
+        f"{against['same_tokens']:.0%} of the tokens the same"
+    )
+
+
+def _rates(row: Result) -> list[str]:
+    return [_digits(row["prefill_tok_s"]), _digits(row["decode_tok_s"])]
+
+
+def _shares(row: Result) -> list[str]:
+    return [f"{row['prefill_share']:.0%}", f"{row['decode_share']:.0%}"]
 
 
 def _layer(result: Result) -> list[Table | str]:
@@ -41,12 +72,12 @@ def _layer(result: Result) -> list[Table | str]:
             row["mesh"],
             row["strategy"],
             _milliseconds(row["seconds"]),
-            f"{row['flops_per_s'] / 1e9:.4g}",
+            _digits(row["flops_per_s"] / 1e9),
             f"{row['peak_share']:.0%}",
         ]
         for row in result["rows"]
     ]
-    return [_table(("tokens", "mesh", "strategy", "ms", "GFLOP/s", "of peak"), rows)]
+    return [_table(("tokens", "mesh", "strategy", "ms", "GFLOP/s", "peak"), rows)]
 
 
 def _collectives(result: Result) -> list[Table | str]:
@@ -83,25 +114,34 @@ def _load(result: Result) -> list[Table | str]:
 
 
 def _milliseconds(spread: Mapping[str, float]) -> str:
-    return f"{1e3 * spread['median']:.4g} ({1e3 * spread['low']:.4g}-{1e3 * spread['high']:.4g})"
+    return _spread(spread, 1e3)
 
 
 def _seconds(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.3g} ({spread['low']:.3g}-{spread['high']:.3g})"
+    return _spread(spread, 1.0)
+
+
+def _spread(spread: Mapping[str, float], scale: float) -> str:
+    """Such as "16.3 ±4%": the median, and half the distance between the quartiles."""
+    return f"{_digits(scale * spread['median'])} ±{(spread['high'] - spread['low']) / 2 / spread['median']:.0%}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for title in titles:
-        table.add_column(title)
+        table.add_column(title, no_wrap=title != "runtime")
     for row in rows:
         table.add_row(*row)
     return table
 
 
 _TABLES: Mapping[str, Callable[[Result], list[Table | str]]] = {
-    "latency": _generation,
-    "throughput": _generation,
+    "latency": _latency,
+    "throughput": _throughput,
     "layer": _layer,
     "collectives": _collectives,
     "load": _load,
