@@ -337,7 +337,9 @@ def _most_steps(model: LanguageModel, rows: list[_Row]) -> int:
     limit = model.config.recomputed_after
     if limit is None:
         return BLOCK
-    before = [room for row in rows if row.finish is None and (room := limit + 1 - len(row.prompt) - len(row.tokens)) > 0]
+    before = [
+        room for row in rows if row.finish is None and (room := limit + 1 - len(row.prompt) - len(row.tokens)) > 0
+    ]
     return min(before, default=BLOCK)
 
 

@@ -151,13 +151,13 @@ def decode(
         step, left, drawn = loop
         active = place(left > 0, lie.stream.mesh, lie.stream.batch_spec)
         positions = jnp.where(active, step.positions, -1)[:, None]
-        logits, caches, dropped = decoder.extend(
-            step.tokens[:, None], positions, step.positions + 1, step.caches, lie
-        )
+        logits, caches, dropped = decoder.extend(step.tokens[:, None], positions, step.positions + 1, step.caches, lie)
         new = _draw(logits, step.positions + 1, caches, step.seen, requests, draw, lie)
         tokens, logprobs = _everywhere((new.tokens, new.logprobs), lie)
         ended = (tokens[:, None] == requests.eos).any(1)
-        written = jax.tree.map(lambda a, row: a.at[drawn.count].set(row), (drawn.tokens, drawn.logprobs), (tokens, logprobs))
+        written = jax.tree.map(
+            lambda a, row: a.at[drawn.count].set(row), (drawn.tokens, drawn.logprobs), (tokens, logprobs)
+        )
         return new, jnp.where(ended, 0, left - 1), Drawn(*written, drawn.count + 1, drawn.dropped + dropped)
 
     nothing = _everywhere(jnp.zeros((BLOCK, lie.rows), jnp.int32), lie)
