@@ -123,10 +123,12 @@ def prefill(
     seen = None if step.seen is None else step.seen | seen_from_prompt(tokens, real, logits.shape[-1])
     new = _draw(logits, requests.lengths, caches, seen, requests, draw, lie)
     ends = (real > 0) & (requests.lengths <= first + tokens.shape[1])
-    kept = [jax.tree.map(lambda old, new: jnp.where(ends, new, old), a, b) for a, b in zip(_of(step), _of(new))]
-    seen = None if seen is None else jnp.where(ends[:, None], new.seen, seen)
-    new = new.replace(tokens=kept[0], logprobs=kept[1], seen=seen)
-    drawn = _everywhere((new.tokens[None], None if new.logprobs is None else new.logprobs[None]), lie)
+    new = new.replace(
+        tokens=jnp.where(ends, new.tokens, step.tokens),
+        logprobs=None if new.logprobs is None else jnp.where(ends, new.logprobs, step.logprobs),
+        seen=None if new.seen is None else jnp.where(ends[:, None], new.seen, seen),
+    )
+    drawn = jax.tree.map(lambda row: row[None], _everywhere((new.tokens, new.logprobs), lie))
     return new, Drawn(*drawn, jnp.int32(1), dropped)
 
 
@@ -155,9 +157,8 @@ def decode(
         new = _draw(logits, step.positions + 1, caches, step.seen, requests, draw, lie)
         tokens, logprobs = _everywhere((new.tokens, new.logprobs), lie)
         ended = (tokens[:, None] == requests.eos).any(1)
-        written = jax.tree.map(
-            lambda a, row: a.at[drawn.count].set(row), (drawn.tokens, drawn.logprobs), (tokens, logprobs)
-        )
+        rows = (drawn.tokens, drawn.logprobs), (tokens, logprobs)
+        written = jax.tree.map(lambda so_far, row: so_far.at[drawn.count].set(row), *rows)
         return new, jnp.where(ended, 0, left - 1), Drawn(*written, drawn.count + 1, drawn.dropped + dropped)
 
     nothing = _everywhere(jnp.zeros((BLOCK, lie.rows), jnp.int32), lie)
@@ -165,10 +166,6 @@ def decode(
     start = (step, _everywhere(left, lie), Drawn(nothing, scores, jnp.int32(0), jnp.int32(0)))
     step, _, drawn = lax.while_loop(going, body, start)
     return step, drawn
-
-
-def _of(step: Step) -> tuple[jax.Array, jax.Array | None]:
-    return step.tokens, step.logprobs
 
 
 def _draw(
