@@ -98,14 +98,14 @@ Loop: TypeAlias = tuple[Step, Int[Array, " B"], Drawn]
 def begin(graph: Any, size: int, draw: Draw, lie: Lie, state: Any, requests: Requests) -> Step:
     """The step before any token, with caches of `size` places."""
     decoder: Decoder = nnx.merge(graph, state)
-    rows = functools.partial(place, mesh=lie.stream.mesh, spec=lie.stream.batch_spec)
-    return Step(
-        tokens=rows(jnp.zeros(lie.rows, jnp.int32)),
-        logprobs=rows(jnp.zeros(lie.rows, jnp.float32)) if draw.logprobs else None,
-        positions=rows(requests.lengths),
+    step = Step(
+        tokens=jnp.zeros(lie.rows, jnp.int32),
+        logprobs=jnp.zeros(lie.rows, jnp.float32) if draw.logprobs else None,
+        positions=requests.lengths,
         caches=decoder.empty_caches(size, lie),
-        seen=rows(jnp.zeros((lie.rows, decoder.config.vocab_size), bool)) if draw.penalty != 1 else None,
+        seen=jnp.zeros((lie.rows, decoder.config.vocab_size), bool) if draw.penalty != 1 else None,
     )
+    return _in_rows(step, lie)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -129,7 +129,7 @@ def prefill(
         seen=None if new.seen is None else jnp.where(ends[:, None], new.seen, seen),
     )
     drawn = jax.tree.map(lambda row: row[None], _everywhere((new.tokens, new.logprobs), lie))
-    return new, Drawn(*drawn, jnp.int32(1), dropped)
+    return _in_rows(new, lie), Drawn(*drawn, jnp.int32(1), dropped)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -165,7 +165,7 @@ def decode(
     scores = nothing.astype(jnp.float32) if draw.logprobs else None
     start = (step, _everywhere(left, lie), Drawn(nothing, scores, jnp.int32(0), jnp.int32(0)))
     step, _, drawn = lax.while_loop(going, body, start)
-    return step, drawn
+    return _in_rows(step, lie), drawn
 
 
 def _draw(
@@ -178,15 +178,20 @@ def _draw(
     lie: Lie,
 ) -> Step:
     """Draws the token at `positions` of each row from logits whose vocabulary is first put together."""
-    rows = functools.partial(place, mesh=lie.stream.mesh, spec=lie.stream.batch_spec)
     with jax.named_scope("sample"):
-        logits = rows(logits)
+        logits = place(logits, lie.stream.mesh, lie.stream.batch_spec)
         scores = logits if seen is None else repetition_penalty(logits, seen, draw.penalty)
         tokens = sample(scores, request_keys(requests.seed, requests.numbers, positions), draw.filters)
         logprobs = logprobs_of(logits, tokens) if draw.logprobs else None
         seen = None if seen is None else mark_seen(seen, tokens)
-    tokens, logprobs, positions, seen = jax.tree.map(rows, (tokens, logprobs, positions, seen))
-    return Step(tokens, logprobs, positions, caches, seen)
+    return _in_rows(Step(tokens, logprobs, positions, caches, seen), lie)
+
+
+def _in_rows(step: Step, lie: Lie) -> Step:
+    """The step with all but its caches, which mixers place, cut as the batch is: one program then serves all steps."""
+    rows = step.replace(caches=())
+    rows = jax.tree.map(lambda a: place(a, lie.stream.mesh, lie.stream.batch_spec), rows)
+    return rows.replace(caches=step.caches)
 
 
 def _everywhere(values: Any, lie: Lie) -> Any:
