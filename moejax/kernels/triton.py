@@ -59,7 +59,14 @@ def products(
         _product_kernel, groups=groups, depth=depth, width=width, tile=tile, load_weights=_loader(w, transposed)
     )
     return _call(
-        kernel, (table.shape[1], pl.cdiv(width, tile.columns)), (rows, width), out_dtype, interpret, table, x, *_parts(w)
+        kernel,
+        (table.shape[1], pl.cdiv(width, tile.columns)),
+        (rows, width),
+        out_dtype,
+        interpret,
+        table,
+        x,
+        *_parts(w),
     )
 
 
@@ -94,9 +101,7 @@ def _call(
     return pl.pallas_call(kernel, out, grid=grid, compiler_params=params, interpret=interpret)(*operands)
 
 
-def _product_kernel(
-    tiles_ref, x_ref, *refs, groups: int, depth: int, width: int, tile: _Tile, load_weights
-) -> None:
+def _product_kernel(tiles_ref, x_ref, *refs, groups: int, depth: int, width: int, tile: _Tile, load_weights) -> None:
     *w_refs, out_ref = refs
     i = pl.program_id(0)
     group, start, end = tiles_ref[0, i], tiles_ref[1, i], tiles_ref[2, i]
@@ -181,7 +186,7 @@ def _range(size: int) -> jax.Array:
 
 
 def _tile(rows: int, groups: int, dtype: DTypeLike) -> _Tile:
-    """As many rows as a group has on average; 16 are the fewest that Triton multiplies. Float32 has half of each side."""
+    """As many rows as a group has on average, but 16 at least, the fewest that Triton multiplies; float32 takes half."""
     side = 64 if jnp.dtype(dtype) == jnp.float32 else 128
     average = pl.cdiv(rows, groups)
     return _Tile(max(16, min(side, pl.next_power_of_2(average))), side, 32)
