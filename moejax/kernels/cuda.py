@@ -2,12 +2,11 @@
 
 import re
 
-import jax
-from jax.extend.backend import get_default_device
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import hopper, triton
+from moejax.kernels.device import device_of
 from moejax.kernels.triton import weight_gradient as weight_gradient
 from moejax.quantization.packed import PackedMatrix
 
@@ -24,15 +23,6 @@ def products(
     out_dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
     """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group."""
-    if _on_hopper() and hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype):
+    if _HOPPER.search(device_of(x).device_kind) and hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype):
         return hopper.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
     return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
-
-
-def _on_hopper() -> bool:
-    """Whether the program being traced is for a Hopper GPU.
-
-    The mesh around it knows, also where its devices are only described; without one the default device counts.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device or get_default_device()
-    return _HOPPER.search(device.device_kind) is not None
