@@ -24,9 +24,10 @@ def products(
     out_dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
     """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group."""
-    if _on_hopper() and hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype):
-        return hopper.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
-    return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
+    if isinstance(w, PackedMatrix) or not _on_hopper():
+        return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
+    kernel = hopper if hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype) else triton
+    return kernel.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
 
 
 def _on_hopper() -> bool:
