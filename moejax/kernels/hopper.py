@@ -1,4 +1,4 @@
-"""Grouped products on Hopper GPUs by the kernel that JAX ships for them: 16-bit floats, widths that are multiples of 32.
+"""Grouped products on Hopper GPUs by the kernel that JAX ships for them: 16-bit floats, widths in multiples of 32.
 
 It has no weight gradient that compiles for a GPU that is not there; `triton` serves that on Hopper too.
 """
