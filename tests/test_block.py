@@ -7,10 +7,9 @@ from flax import nnx
 
 from moejax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, NormConfig, RouterConfig
 from moejax.mesh import make_mesh
-from moejax.moe.experts import gated_mlp
 from moejax.moe.layer import Parallel
 from moejax.moe.params import ExpertParams
-from moejax.moe.reference import dense_moe
+from moejax.moe.reference import dense_moe, plain_mlp
 from moejax.moe.router import router_for
 from moejax.nn.block import Block
 from moejax.nn.places import Places
@@ -48,7 +47,7 @@ def test_experts_beside_a_dense_mlp_by_hand():
     x = np.random.default_rng(1).normal(size=(2, 3, 16)).astype(np.float32)
     layer = LayerConfig(ATTENTION, MOE, 12, branch_norms=True, output_scale=True)
     p, y, details = run(layer, jnp.asarray(x), silent=("attention", "o"))
-    dense = gated_mlp(jnp.asarray(rms(x, p["mlp_norm.weight"])), p["mlp.gate_up"], p["mlp.down"], "gelu_tanh")
+    dense = plain_mlp(jnp.asarray(rms(x, p["mlp_norm.weight"])), p["mlp.gate_up"], p["mlp.down"], "gelu_tanh")
     logits = rms(x, p["router_norm.weight"]) / 4 @ p["moe.router"]
     np.testing.assert_allclose(details.router_logits, logits, atol=1e-5)
     routing = router_for(MOE)(jnp.asarray(logits), expert_scale=jnp.asarray(p["moe.expert_scale"]))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from moe_cases import compiled, normal, relative
 
-from moejax.kernels.grouped_matmul import LARGEST_TILE, grouped_matmul
+from moejax.kernels.grouped_matmul import grouped_matmul
+from moejax.kernels.tile_loop import LARGEST_TILE
 from moejax.quantization.mxfp4 import pack, unpack_host
 from moejax.quantization.packed import PackedMatrix
 

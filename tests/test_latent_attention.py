@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hlo import collectives
 from jax.sharding import NamedSharding
 from moe_cases import FAST, compiled, normal, relative
 
@@ -21,6 +20,7 @@ from moejax.nn.latent_cache import LatentCache
 from moejax.nn.places import Places
 from moejax.nn.rope import rope_tables
 from moejax.nn.stream import Stream
+from moejax.planning.collectives import collectives
 from moejax.verification.latent_attention import latent_attention_reference
 
 # No two sizes that a shape in a program could be confused by are equal.

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import collectives
 from moe_cases import (
     CLAMPED,
     EVEN,
@@ -26,6 +25,7 @@ from moe_cases import (
 )
 
 from moejax import Routing, dense_moe, moe
+from moejax.planning.collectives import collectives
 
 
 def gradients(block_function, cotangent):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hlo import collectives
 from jax.sharding import NamedSharding, PartitionSpec
 from moe_cases import FAST, Block, cell_rows
 
@@ -17,6 +16,7 @@ import moejax
 from moejax import Routing, moe
 from moejax.model import Options, lay
 from moejax.moe.params import expert_specs
+from moejax.planning.collectives import collectives
 
 BLOCK = Block(tokens=32, width=16, hidden=12, experts=8, chosen=2, shared=8, gated=True)
 SCALED = dataclasses.replace(BLOCK, bias=True, scales_input=True)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import collectives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -16,6 +15,7 @@ from router_rows import EXPERTS, ROWS
 from moejax import MoEConfig, MoejaxError, RouterConfig, Routing, softmax_router
 from moejax.moe.router import NOWHERE, router_for, selection_scores
 from moejax.moe.ties import decision_margin
+from moejax.planning.collectives import collectives
 
 TOKENS = 16
 

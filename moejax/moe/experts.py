@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Activation
+from moejax.kernels.block import Block
 from moejax.kernels.grouped_matmul import grouped_matmul
+from moejax.kernels.linear import linear
 from moejax.moe.activations import activate
 from moejax.moe.params import ExpertParams
 from moejax.precision import precision_of
@@ -39,25 +41,24 @@ def _of_each_row(values: Float[Array, "E n"], group_sizes: Int[Array, " E"], row
 
 def gated_mlp(
     x: Float[Array, "*T D"],
-    gate_up: Float[Array, "D 2 F"],
-    down: Float[Array, "F D"],
+    gate_up: Float[Array, "D 2 F"] | Block,
+    down: Float[Array, "F D"] | Block,
     activation: Activation,
     gate_up_bias: Float[Array, "2 F"] | None = None,
     down_bias: Float[Array, " D"] | None = None,
 ) -> Float[Array, "*T D"]:
-    """One gated MLP over all rows: a dense layer, a shared expert without its gate, or one expert of the oracle."""
-    precision = precision_of(x.dtype)
-    both = jnp.einsum("...d,dcf->...cf", x, gate_up, precision=precision)
+    """One gated MLP over all rows: a dense layer, or a shared expert without its gate."""
+    both = linear(x, gate_up)
     both = both if gate_up_bias is None else both + gate_up_bias
     inner = activate(both[..., 0, :], both[..., 1, :], activation)
-    y = jnp.einsum("...f,fd->...d", inner, down, precision=precision)
+    y = linear(inner, down)
     return y if down_bias is None else y + down_bias
 
 
 def shared_expert(
     x: Float[Array, "T D"],
-    gate_up: Float[Array, "D 2 F"],
-    down: Float[Array, "F D"],
+    gate_up: Float[Array, "D 2 F"] | Block,
+    down: Float[Array, "F D"] | Block,
     gate: Float[Array, " D"] | None,
     activation: Activation,
     gate_up_bias: Float[Array, "2 F"] | None = None,

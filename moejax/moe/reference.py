@@ -3,13 +3,15 @@
 Every strategy on every mesh is tested against this.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.config import Activation
-from moejax.moe.experts import gated_mlp, shared_expert
+from moejax.moe.activations import activate
 from moejax.moe.params import ExpertParams
 from moejax.moe.router import Routing
+from moejax.precision import precision_of
 
 
 def dense_moe(
@@ -30,13 +32,35 @@ def dense_moe(
         chosen = routing.experts == expert
         if scales_input:
             scaled = x[:, None].astype(jnp.float32) * routing.weights[..., None]
-            outputs = gated_mlp(scaled.astype(x.dtype), *weights).astype(jnp.float32)
+            outputs = plain_mlp(scaled.astype(x.dtype), *weights).astype(jnp.float32)
             y = y + jnp.where(chosen[..., None], outputs, 0.0).sum(1)
         else:
             weight = jnp.where(chosen, routing.weights, 0.0).sum(-1)
-            y = y + weight[:, None] * gated_mlp(x, *weights).astype(jnp.float32)
+            y = y + weight[:, None] * plain_mlp(x, *weights).astype(jnp.float32)
     y = y.astype(x.dtype)
     if params.shared_gate_up is None or params.shared_down is None:
         return y
     biases = (params.shared_gate_up_bias, params.shared_down_bias)
-    return y + shared_expert(x, params.shared_gate_up, params.shared_down, params.shared_gate, activation, *biases)
+    shared = plain_mlp(x, params.shared_gate_up, params.shared_down, activation, *biases)
+    if params.shared_gate is None:
+        return y + shared
+    exact = precision_of(x.dtype)
+    gate = jnp.einsum("td,d->t", x, params.shared_gate, precision=exact, preferred_element_type=jnp.float32)
+    return y + shared * jax.nn.sigmoid(gate)[:, None].astype(y.dtype)
+
+
+def plain_mlp(
+    x: Float[Array, "*T D"],
+    gate_up: Float[Array, "D 2 F"],
+    down: Float[Array, "F D"],
+    activation: Activation,
+    gate_up_bias: Float[Array, "2 F"] | None = None,
+    down_bias: Float[Array, " D"] | None = None,
+) -> Float[Array, "*T D"]:
+    """One gated MLP over all rows, by XLA's own products."""
+    precision = precision_of(x.dtype)
+    both = jnp.einsum("...d,dcf->...cf", x, gate_up, precision=precision)
+    both = both if gate_up_bias is None else both + gate_up_bias
+    inner = activate(both[..., 0, :], both[..., 1, :], activation)
+    y = jnp.einsum("...f,fd->...d", inner, down, precision=precision)
+    return y if down_bias is None else y + down_bias

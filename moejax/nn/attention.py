@@ -7,7 +7,7 @@ of those. One sum over the devices at the end puts the output together. The head
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, NormConfig
+from moejax.kernels.linear import linear
 from moejax.nn.attend import attend_causal, attend_places
 from moejax.nn.cache import LayerCache, appended, cache_size, filled, held
 from moejax.nn.head_share import HeadShare
@@ -26,15 +27,15 @@ from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
-from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
-Params: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LayerCache | None]]
 
 # The axis of each parameter that its heads, query or key/value, are on; that axis is cut over tp.
 QUERY_HEADS = {"q": 1, "gate": 1, "o": 0, "q_bias": 0, "gate_bias": 0, "sinks": 0}
 KV_HEADS = {"k": 1, "v": 1, "k_bias": 0, "v_bias": 0}
+LINEAR = {"q", "k", "v", "gate", "o"}
 
 
 class Attention(nnx.Module):
@@ -165,12 +166,12 @@ class Attention(nnx.Module):
         where = (*places.table(self.config.rope), places.positions)
 
         def local(params: Params, x: jax.Array, where: tuple[jax.Array, ...], *extras):
-            mine = share.take(params, *self._head_axes())
+            mine = share.take(params, *self._head_axes(), LINEAR)
             q, k, v = self._project(mine, x, where, share)
             out, cache = mix(mine, q, k, v, *extras)
             if self.config.gate:
                 out = out * jax.nn.sigmoid(_projected(x, mine, "gate"))
-            y = jnp.einsum("bsnh,nhd->bsd", out, mine["o"], precision=precision_of(x.dtype))
+            y = linear(out, mine["o"], axes=2)
             return psum(y, share.axes), cache
 
         rows = stream.batch_spec
@@ -242,7 +243,7 @@ class Attention(nnx.Module):
 
 
 def _projected(x: Float[Array, "B S D"], params: Params, name: str) -> Float[Array, "B S N H"]:
-    y = jnp.einsum("bsd,dnh->bsnh", x, params[name], precision=precision_of(x.dtype))
+    y = linear(x, params[name])
     return y + params[f"{name}_bias"] if f"{name}_bias" in params else y
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import DeltaNetConfig, NormConfig
+from moejax.kernels.linear import linear
 from moejax.moe.activations import named_activation
 from moejax.nn.delta_rule import chunked, recurrent, restarts_of
 from moejax.nn.head_share import HeadShare
@@ -21,10 +22,9 @@ from moejax.nn.heads import head_layout
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
 
-Params: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = dict[str, Any]
 Triple: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, "DeltaCache | None"]]
 
@@ -32,6 +32,7 @@ VALUE_HEADS = {"v": 1, "z": 1, "b": 1, "a": 1, "conv_v": 0, "dt_bias": 0, "A_log
 """The axis of the value heads for each parameter that has them."""
 KEY_HEADS = {"q": 1, "k": 1, "conv_q": 0, "conv_k": 0}
 """That of the query and key heads."""
+LINEAR = {"q", "k", "v", "z", "b", "a", "o"}
 
 
 @struct.dataclass
@@ -159,12 +160,12 @@ class DeltaNet(nnx.Module):
         specs = {name: stream.spec(*_cut(name, value.ndim)) for name, value in params.items()}
 
         def local(params: Params, x: jax.Array, *extras: Any) -> tuple[jax.Array, DeltaCache | None]:
-            mine = share.take(params, VALUE_HEADS, KEY_HEADS)
+            mine = share.take(params, VALUE_HEADS, KEY_HEADS, LINEAR)
             out, cache = mix(mine, x, *extras)
-            z = jnp.einsum("bsd,dnh->bsnh", x, mine["z"], precision=precision_of(x.dtype))
+            z = linear(x, mine["z"])
             out = rms_norm(out.astype(x.dtype), mine["norm"], self.norm_eps)
             out = (out.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
-            y = jnp.einsum("bsnh,nhd->bsd", out, mine["o"], precision=precision_of(x.dtype))
+            y = linear(out, mine["o"], axes=2)
             return psum(y, share.axes), cache
 
         rows, cache_spec = stream.batch_spec, share.cache_spec
@@ -181,7 +182,7 @@ class DeltaNet(nnx.Module):
         """Queries, keys and values `[B, kernel - 1 + S, heads, H]` before the convolution, after those of the past."""
 
         def joined(name: str, before: jax.Array | None) -> jax.Array:
-            y = jnp.einsum("bsd,dnh->bsnh", x, params[name], precision=precision_of(x.dtype))
+            y = linear(x, params[name])
             if before is None:
                 return jnp.pad(y, ((0, 0), (self.config.kernel - 1, 0), (0, 0), (0, 0)))
             return jnp.concatenate([jnp.swapaxes(before, 1, 2), y], 1)
@@ -219,7 +220,7 @@ def convolve(
 
 def _rates(params: Params, x: jax.Array) -> tuple[Float[Array, "B S N"], Float[Array, "B S N"]]:
     """The log decay, in f32, and beta, rounded to the model's dtype as transformers does."""
-    b, a = (jnp.einsum("bsd,dn->bsn", x, params[name], precision=precision_of(x.dtype)) for name in ("b", "a"))
+    b, a = (linear(x, params[name]) for name in ("b", "a"))
     speed, bias = (params[name].astype(jnp.float32) for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(speed) * jax.nn.softplus(a.astype(jnp.float32) + bias)
     return log_decay, jax.nn.sigmoid(b.astype(jnp.float32)).astype(x.dtype)

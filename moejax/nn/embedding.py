@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.block import Block
+from moejax.kernels.linear import linear
 from moejax.nn.stream import Stream
-from moejax.precision import precision_of
 from moejax.sharding import psum
 
 
@@ -35,10 +36,8 @@ def head_logits(
     helpers = stream.helpers(head.shape[0] // stream.tp_size)
 
     def local(x: jax.Array, head: jax.Array) -> jax.Array:
-        if helpers > 1:
-            block = head.shape[0] // helpers
-            head = lax.dynamic_slice_in_dim(head, lax.axis_index(stream.ep) * block, block, 0)
-        return jnp.einsum("bsd,vd->bsv", x, head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+        mine = Block(head, lax.axis_index(stream.ep), 0, helpers) if helpers > 1 else head
+        return linear(x, mine, transposed=True, out_dtype=jnp.float32)
 
     out = stream.spec(stream.rows, None, (stream.tp, stream.ep) if helpers > 1 else stream.tp)
     specs = (stream.batch_spec, stream.spec(stream.tp))

@@ -1,8 +1,9 @@
 """Which heads one device computes: its part of the tensor axis, divided along `ep` where the stream is replicated."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from moejax.kernels.block import Block, array_of
 from moejax.nn.heads import HeadLayout
 from moejax.nn.stream import Stream
 
@@ -45,25 +47,38 @@ class HeadShare:
         return self.stream.spec(self.stream.rows, divided)
 
     def take(
-        self, params: Mapping[str, jax.Array], heads: Mapping[str, int], kv_heads: Mapping[str, int]
-    ) -> dict[str, jax.Array]:
+        self,
+        params: Mapping[str, jax.Array],
+        heads: Mapping[str, int],
+        kv_heads: Mapping[str, int],
+        linear: Collection[str],
+    ) -> dict[str, Any]:
         """This device's heads out of its tensor-parallel rank's parameters; all of them where it has no helpers.
 
         Args:
           params: the rank's parameters by name.
           heads: the axis of the query heads for each parameter that has them.
           kv_heads: that of the key/value heads.
+          linear: parameters that only the function of this name uses; they are named as a `Block` rather than cut out.
         """
         if self.helpers == 1:
             return dict(params)
-        first = lax.axis_index(self.stream.ep) * self.heads
-        kv = (first + jnp.arange(self.kv_heads, dtype=jnp.int32) * (self.heads // self.kv_heads)) // self.layout.group
-        out = dict(params)
+        helper = lax.axis_index(self.stream.ep)
+        first = helper * self.heads
+        mine: dict[str, jax.Array | Block] = dict(params)
         for name in heads.keys() & params.keys():
-            out[name] = lax.dynamic_slice_in_dim(params[name], first, self.heads, heads[name])
+            mine[name] = Block(params[name], helper, heads[name], self.helpers)
         for name in kv_heads.keys() & params.keys():
-            out[name] = jnp.take(params[name], kv, kv_heads[name], mode="clip")
-        return out
+            mine[name] = self._kv_block(params[name], kv_heads[name], first)
+        return {name: value if name in linear else array_of(value) for name, value in mine.items()}
+
+    def _kv_block(self, whole: jax.Array, axis: int, first: jax.Array) -> jax.Array | Block:
+        """The key/value heads that query heads from `first` on read."""
+        group = self.layout.group
+        if self.heads % group == 0 or group % self.heads == 0:
+            return Block(whole, first // max(group, self.heads), axis, whole.shape[axis] // self.kv_heads)
+        kv = (first + jnp.arange(self.kv_heads, dtype=jnp.int32) * (self.heads // self.kv_heads)) // group
+        return jnp.take(whole, kv, axis, mode="clip")
 
     def kv_weights(self) -> Float[Array, " G"]:
         """1 for the local key/value heads that count here, 0 for copies that count elsewhere, and for padding."""

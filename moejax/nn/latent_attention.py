@@ -8,7 +8,7 @@ Heads are cut across the mesh as in `attention`; the latents, which all heads re
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import LatentAttentionConfig, NormConfig
+from moejax.kernels.linear import linear
 from moejax.nn.attend import attend_causal, attend_places
 from moejax.nn.cache import held
 from moejax.nn.head_share import HeadShare
@@ -29,11 +30,12 @@ from moejax.nn.stream import Stream
 from moejax.precision import precision_of
 from moejax.sharding import AnyMesh, axis_size, pad_axis, psum, sharded_param
 
-Params: TypeAlias = dict[str, jax.Array]
+Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
 
 # The axis of each parameter that its heads are on, which is cut over tp.
 HEADS = {"q": 1, "q_b": 1, "kv_b": 1, "o": 0}
+LINEAR = {"q", "q_b", "o"}
 
 
 class LatentAttention(nnx.Module):
@@ -125,9 +127,9 @@ class LatentAttention(nnx.Module):
         specs = {name: stream.spec(*_cut(name, value.ndim)) for name, value in params.items()}
 
         def local(params: Params, x: jax.Array, table: tuple[jax.Array, jax.Array], *extras):
-            mine = share.take(params, HEADS, {})
+            mine = share.take(params, HEADS, {}, LINEAR)
             out, cache = mix(mine, self._queries(mine, x, table), self._latents(mine, x, table), *extras)
-            y = jnp.einsum("bsnv,nvd->bsd", out, mine["o"], precision=precision_of(x.dtype))
+            y = linear(out, mine["o"], axes=2)
             return psum(y, share.axes), cache
 
         mapped = jax.shard_map(
@@ -146,10 +148,10 @@ class LatentAttention(nnx.Module):
         """The local heads' queries, the last rope.dim values of each turned."""
         config = self.config
         if config.query_rank is None:
-            q = jnp.einsum("bsd,dnh->bsnh", x, params["q"], precision=precision_of(x.dtype))
+            q = linear(x, params["q"])
         else:
             latent = rms_norm(_projected(x, params, "q_a"), params["q_a_norm"], config.latent_norm_eps)
-            q = jnp.einsum("bsl,lnh->bsnh", latent, params["q_b"], precision=precision_of(x.dtype))
+            q = linear(latent, params["q_b"])
         nope, rope = jnp.split(q, [config.nope_dim], -1)
         return jnp.concatenate([nope, apply_rope(rope, *table, config.rope.interleaved)], -1)
 
@@ -169,7 +171,7 @@ class LatentAttention(nnx.Module):
         """With the keys and values of each local head written out."""
         config = self.config
         latent, shared = jnp.split(latent, [config.kv_rank], -1)
-        kv = jnp.einsum("bsl,lnh->bnsh", latent, params["kv_b"], precision=precision_of(latent.dtype))
+        kv = linear(latent, params["kv_b"]).swapaxes(1, 2)
         k, v = jnp.split(kv, [config.nope_dim], -1)
         shared = jnp.broadcast_to(shared[:, None], (*k.shape[:-1], config.rope.dim))
         return attend_causal(q, jnp.concatenate([k, shared], -1), v, segments, scale=config.scale)
@@ -213,5 +215,5 @@ def _cut(name: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def _projected(x: Float[Array, "B S D"], params: Params, name: str) -> Float[Array, "B S L"]:
-    y = jnp.einsum("bsd,dl->bsl", x, params[name], precision=precision_of(x.dtype))
+    y = linear(x, params[name])
     return y + params[f"{name}_bias"] if f"{name}_bias" in params else y

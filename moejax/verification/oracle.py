@@ -20,9 +20,8 @@ from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
 from moejax.model import finished_logits
-from moejax.moe.experts import gated_mlp
 from moejax.moe.params import PARAM_NAMES, ExpertParams
-from moejax.moe.reference import dense_moe
+from moejax.moe.reference import dense_moe, plain_mlp
 from moejax.moe.router import Routing, router_for
 from moejax.moe.ties import decision_margin
 from moejax.nn.block import added
@@ -147,7 +146,7 @@ def _feed_forward(
     if layer.moe is not None and not layer.dense_intermediate_size:
         return _moe(layer.moe, params, hidden, hidden)
     biases = (params.get("mlp.gate_up_bias"), params.get("mlp.down_bias"))
-    dense = gated_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation, *biases)
+    dense = plain_mlp(hidden, params["mlp.gate_up"], params["mlp.down"], config.activation, *biases)
     if layer.moe is None:
         return dense, None, None
     seen = rms_norm(x, params["router_norm.weight"], config.norm.eps).astype(jnp.float32)

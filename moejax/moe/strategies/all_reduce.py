@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from moejax.kernels.block import Block
 from moejax.moe.dispatch import make_plan
 from moejax.moe.experts import grouped_mlp, shared_expert
 from moejax.moe.params import ExpertParams
@@ -57,10 +58,9 @@ def _shared_part(x: jax.Array, params: ExpertParams, local: Local) -> jax.Array:
     assert gate_up is not None and down is not None
     block, rest = divmod(down.shape[0], local.ep_size)
     if not rest and local.ep:
-        first = local.ep_index() * block
-        gate_up = lax.dynamic_slice_in_dim(gate_up, first, block, 2)
-        down = lax.dynamic_slice_in_dim(down, first, block, 0)
-        bias = None if bias is None else lax.dynamic_slice_in_dim(bias, first, block, 1)
+        mine = lax.axis_index(local.ep)
+        gate_up, down = Block(gate_up, mine, 2, local.ep_size), Block(down, mine, 0, local.ep_size)
+        bias = None if bias is None else lax.dynamic_slice_in_dim(bias, mine * block, block, 1)
     down_bias = local.on_first(params.shared_down_bias, local.ep_axes + local.tp_axes)
     y = shared_expert(x, gate_up, down, params.shared_gate, local.activation, bias, down_bias)
     return y if not rest else jnp.where(local.ep_index() == 0, y, jnp.zeros((), y.dtype))

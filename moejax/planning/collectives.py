@@ -1,50 +1,52 @@
-"""The collectives of a compiled program, read from its text."""
+"""The collectives of a compiled program: what travels over which axis of the mesh."""
 
-import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter"
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-COLLECTIVE = re.compile(rf"^(?:\(.*?\)|\S+) ({KINDS})(?:-start)?\(([^)]*)\)(.*)$")
-CALLED = re.compile(r"(?:to_apply|calls|body|condition|branch_computations|(?:true|false)_computation)=\{?([^,}\s]+)")
-LOOPED = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
-ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
-ITEM_BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
+from moejax.planning.hlo import Buffer, Instruction, Program
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Collective:
     """One collective instruction.
 
     Attributes:
       kind: as HLO names it.
       axes: the mesh axes that its groups run over, in the mesh's order.
-      operands: (dtype, shape) of each, as HLO names them.
+      operands: what one device puts in.
       loop: whether it is in the body (or the condition) of a while loop.
       scope: the JAX names around it.
     """
 
     kind: str
     axes: tuple[str, ...]
-    operands: tuple[tuple[str, tuple[int, ...]], ...]
+    operands: tuple[Buffer, ...]
     loop: bool
     scope: str
 
     @property
     def bytes(self) -> int:
         """Of the operands on one device."""
-        return sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in self.operands)
+        return sum(operand.bytes for operand in self.operands)
 
     @property
     def dtype(self) -> str:
-        (dtype,) = {dtype for dtype, _ in self.operands}
+        (dtype,) = {operand.dtype for operand in self.operands}
         return dtype
 
     def brief(self) -> tuple[str, str, str, int]:
@@ -52,50 +54,23 @@ class Collective:
         return self.kind, "+".join(self.axes), self.dtype, self.bytes
 
 
+def kind_of(instruction: Instruction) -> str | None:
+    """The kind of collective that an instruction is, or starts; None for all else."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """All collectives of a program compiled for `mesh`; `text` is that of `Compiled.as_text()`."""
-    computations = _computations(text)
-    loops = _reached(
-        [name for lines in computations.values() for line in lines for name in LOOPED.findall(line)], computations
-    )
-    found = []
-    for name, lines in computations.items():
-        types = {m[1]: m[2] for m in map(INSTRUCTION.match, lines) if m}
-        for line in types.values():
-            if match := COLLECTIVE.match(line):
-                kind, operands, rest = match.groups()
-                arrays = [_array(part.strip(), types) for part in operands.split("%") if part.strip()]
-                scope = re.search(r'op_name="([^"]*)"', rest)
-                found.append(
-                    Collective(kind, _axes(rest, mesh), tuple(arrays), name in loops, scope[1] if scope else "")
-                )
-    assert len(found) == len(re.findall(rf" (?:{KINDS})(?:-start)?\(", text)), "a collective was not understood"
+    program = Program.parse(text)
+    looped, found = program.looped, []
+    for name, lines in program.computations.items():
+        made = {line.name: line.result for line in lines}
+        for line in lines:
+            if kind := kind_of(line):
+                operands = tuple(buffer for operand in line.operands for buffer in made[operand])
+                found.append(Collective(kind, _axes(line.attributes, mesh), operands, name in looped, line.scope))
     return found
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    computations: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if match := COMPUTATION.match(line):
-            computations[match[2]] = lines = []
-        elif line.startswith(" "):
-            lines.append(line)
-    return computations
-
-
-def _reached(start: Iterable[str], computations: dict[str, list[str]]) -> set[str]:
-    """The computations that are called from those of `start`, directly or not, and those themselves."""
-    reached, todo = set(), list(start)
-    while todo:
-        if (name := todo.pop()) not in reached:
-            reached.add(name)
-            todo += [called.lstrip("%") for line in computations[name] for called in CALLED.findall(line)]
-    return reached
-
-
-def _array(operand: str, types: dict[str, str]) -> tuple[str, tuple[int, ...]]:
-    dtype, shape = ARRAY.match(types[operand.rstrip(", ")]).groups()
-    return dtype, tuple(int(size) for size in shape.split(",") if size)
 
 
 def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:

@@ -1,0 +1,55 @@
+// Words that every file here uses: element types, cells, panels, and the table of routines that an instruction set gives.
+//
+// A *cell* is the 32-bit unit that all inner loops multiply: one float, or two bfloat16 neighbours along the axis that
+// is summed over (so that one instruction multiplies both). A *panel* is 64 columns of the right operand. Packed, it is
+// cells [steps, 64]: the layout that fused multiply-adds, bfloat16 pair products and AMX tiles all read as it is.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace moejax {
+
+constexpr int64_t kPanel = 64;
+
+enum class Type { kF32, kBf16, kMxfp4 };
+
+inline float WidenOne(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Adds (or, where `add` is false, writes) a[rows, steps] times b[steps, 64] into c[rows, 64]. Strides are bytes for a
+// and b, floats for c.
+using Tile = void (*)(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
+                      float* c, int64_t c_stride, bool add);
+
+// The same where b is [outputs, steps], each output's cells side by side.
+using Dots = void (*)(int64_t rows, int64_t outputs, int64_t steps, const char* a, int64_t a_stride, const char* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool add);
+
+// What one instruction set does. Any pointer may be null but those of the portable table that are not about pairs: a
+// null `tile_bf16_rows` means that such rows are packed first, a null `tile_pairs` that bfloat16 is widened to floats.
+struct Isa {
+  const char* name;
+  int64_t tile_rows;        // the most rows that one call of tile_f32 takes
+  int64_t tile_rows_pairs;  // and of tile_pairs
+  Tile tile_f32;            // cells are floats
+  Tile tile_pairs;          // cells are pairs of bfloat16
+  Tile tile_bf16_rows;      // b is not packed: rows of 64 bfloat16, b_stride apart; cells of a as this set multiplies them
+  Dots dots_f32;
+  Dots dots_pairs;
+  // dst[c * dst_stride + r] = src[r][c], in cells; src_stride is bytes.
+  void (*transpose)(const char* src, int64_t src_stride, int64_t rows, int64_t columns, uint32_t* dst,
+                    int64_t dst_stride);
+  // dst[i] = the pair (first[i], second[i]).
+  void (*interleave)(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* dst);
+  void (*widen)(const uint16_t* src, int64_t n, float* dst);
+  void (*narrow)(const float* src, int64_t n, uint16_t* dst);
+  // `count` blocks of 32 four-bit values, 16 bytes each, to bfloat16.
+  void (*unpack_mxfp4)(const uint8_t* blocks, const uint8_t* scales, int64_t count, uint16_t* dst);
+};
+
+}  // namespace moejax

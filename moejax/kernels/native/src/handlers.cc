@@ -1,0 +1,177 @@
+// The handlers that XLA calls, and what Python asks of the library when it loads it.
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+
+#include "block.h"
+#include "isas.h"
+#include "share.h"
+#include "tasks.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace moejax {
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+Type TypeOf(ffi::DataType type) { return type == ffi::BF16 ? Type::kBf16 : Type::kF32; }
+
+const Isa& IsaAt(int64_t index) {
+  const auto& isas = ChosenIsas().isas;
+  return *isas[index < 0 ? isas.size() - 1 : std::min<size_t>(index, isas.size() - 1)];
+}
+
+// Below about 50 microseconds of work, waking another thread costs more than it helps.
+bool WorthSharing(double multiplications, double bytes) { return multiplications > 2e6 || bytes > 1e6; }
+
+// What both kinds of product share: runs `block_of(task)` for each task.
+template <class BlockOf>
+void Run(ffi::ThreadPool& pool, const Isa& isa, const std::vector<Task>& tasks, bool worth_sharing, BlockOf block_of) {
+  auto work = [&isa, tasks, block_of](int64_t i) {
+    thread_local Scratches scratches;
+    Block block = block_of(tasks[i]);
+    BlockProduct(isa, block, scratches).Run();
+  };
+  ShareTasks(pool, static_cast<int64_t>(tasks.size()), worth_sharing, work);
+}
+
+struct Matrices {
+  Right first;  // of group 0
+  int64_t group_stride, scale_group_stride;
+
+  Right At(int64_t group, int64_t column) const {
+    Right right = first;
+    right.data += group * group_stride + column * (right.columns_first ? right.stride : SizeOf(right.type));
+    if (right.scales) right.scales += group * scale_group_stride + column * right.scale_stride;
+    return right;
+  }
+};
+
+// y[M, N] from x[M, K] and one matrix a group.
+void GroupedProducts(ffi::ThreadPool& pool, ffi::AnyBuffer x, Matrices matrices, ffi::Buffer<ffi::S32> sizes,
+                     ffi::AnyBuffer y, const Isa& isa) {
+  int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], columns = y.dimensions()[1];
+  int64_t groups = sizes.dimensions()[0];
+  std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, rows);
+  Tasks tasks(columns);
+  double matrices_read = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    if (starts[g + 1] > starts[g]) {
+      tasks.Add(g, starts[g], starts[g + 1] - starts[g]);
+      ++matrices_read;
+    }
+  tasks.Add(groups, starts[groups], rows - starts[groups]);  // past the last group: a product over nothing, zeros
+
+  Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
+  left.stride = depth * SizeOf(left.type);
+  char* out = static_cast<char*>(y.untyped_data());
+  Type out_type = TypeOf(y.element_type());
+  auto block_of = [=](const Task& task) {
+    bool past = task.group == groups;
+    Block block{left, past ? matrices.first : matrices.At(task.group, task.column), task.rows, task.columns,
+                past ? 0 : depth};
+    block.left.data += task.row * left.stride;
+    block.out_type = out_type;
+    block.out_stride = columns * SizeOf(out_type);
+    block.out = out + task.row * block.out_stride + task.column * SizeOf(out_type);
+    return block;
+  };
+  double size = static_cast<double>(depth) * columns;
+  Run(pool, isa, tasks.Cut(), WorthSharing(size * starts[groups], size * matrices_read * 2), block_of);
+}
+
+ffi::Error Products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
+                    ffi::Result<ffi::AnyBuffer> y, bool transposed, int64_t row_stride, int64_t group_stride,
+                    int64_t isa) {
+  Type type = TypeOf(w.element_type());
+  Right right{static_cast<const char*>(w.untyped_data()), nullptr, type, row_stride * SizeOf(type), 0, transposed};
+  GroupedProducts(pool, x, {right, group_stride * SizeOf(type), 0}, sizes, *y, IsaAt(isa));
+  return ffi::Error::Success();
+}
+
+ffi::Error PackedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> blocks,
+                          ffi::Buffer<ffi::U8> scales, ffi::Buffer<ffi::S32> sizes, ffi::Result<ffi::AnyBuffer> y,
+                          int64_t isa) {
+  int64_t columns = scales.dimensions()[1], count = scales.dimensions()[2];
+  Right right{reinterpret_cast<const char*>(blocks.typed_data()), scales.typed_data(), Type::kMxfp4,
+              count * kBlockBytes, count, true};
+  GroupedProducts(pool, x, {right, columns * right.stride, columns * count}, sizes, *y, IsaAt(isa));
+  return ffi::Error::Success();
+}
+
+// dw[G, K, N]: each group's x.T dy, a product whose depth is the group's rows.
+ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::Buffer<ffi::S32> sizes,
+                          ffi::Result<ffi::AnyBuffer> dw, int64_t isa) {
+  int64_t inputs = x.dimensions()[1], columns = dy.dimensions()[1], groups = sizes.dimensions()[0];
+  std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, x.dimensions()[0]);
+  Tasks tasks(columns);
+  for (int64_t g = 0; g < groups; ++g) tasks.Add(g, 0, inputs);
+
+  Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, true};
+  left.stride = inputs * SizeOf(left.type);
+  Right right{static_cast<const char*>(dy.untyped_data()), nullptr, TypeOf(dy.element_type()), 0, 0, false};
+  right.stride = columns * SizeOf(right.type);
+  char* out = static_cast<char*>(dw->untyped_data());
+  Type out_type = TypeOf(dw->element_type());
+  auto block_of = [=](const Task& task) {
+    int64_t start = starts[task.group];
+    Block block{left, right, task.rows, task.columns, starts[task.group + 1] - start};
+    block.left.data += start * left.stride + task.row * SizeOf(left.type);
+    block.right.data += start * right.stride + task.column * SizeOf(right.type);
+    block.out_type = out_type;
+    block.out_stride = columns * SizeOf(out_type);
+    block.out = out + (task.group * inputs + task.row) * block.out_stride + task.column * SizeOf(out_type);
+    return block;
+  };
+  double size = static_cast<double>(inputs) * columns;
+  Run(pool, IsaAt(isa), tasks.Cut(), WorthSharing(size * starts[groups], size * groups * 4), block_of);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_products, Products,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("transposed")
+                                  .Attr<int64_t>("row_stride")
+                                  .Attr<int64_t>("group_stride")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_packed_products, PackedProducts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_weight_gradient, WeightGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("isa"));
+
+// Writes the usable instruction sets, the best last, and after a semicolon those that failed their check.
+extern "C" void moejax_instruction_sets(char* text, int64_t size) {
+  const Choice& choice = ChosenIsas();
+  std::string names;
+  for (const Isa* isa : choice.isas) names += std::string(names.empty() ? "" : ",") + isa->name;
+  std::snprintf(text, size, "%s;%s", names.c_str(), choice.refused.c_str());
+}
+
+#pragma GCC visibility pop
+
+}  // namespace moejax

@@ -1,0 +1,31 @@
+// Any processor: vectors of four floats, which x86 (SSE2) and aarch64 (NEON) always have.
+#pragma once
+
+#include "cells.h"
+#include "mxfp4.h"
+
+namespace moejax::portable {
+
+#define MOEJAX_LANES 4
+#define MOEJAX_VECTORS 2
+#define MOEJAX_ROWS 6
+#include "vectors.h"
+#undef MOEJAX_LANES
+#undef MOEJAX_VECTORS
+#undef MOEJAX_ROWS
+
+constexpr Isa MakeIsa() {
+  Isa isa{};
+  isa.name = "portable";
+  isa.tile_rows = kRows;
+  isa.tile_f32 = TileRows<Floats, Cells>;
+  isa.dots_f32 = DotsOfAll<Floats>;
+  isa.transpose = Transpose;
+  isa.widen = Widen;
+  isa.narrow = Narrow;
+  isa.unpack_mxfp4 = UnpackMxfp4;
+  return isa;
+}
+constexpr Isa kIsa = MakeIsa();
+
+}  // namespace moejax::portable

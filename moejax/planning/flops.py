@@ -1,0 +1,30 @@
+"""Floating-point operations of the matrix products in a compiled program, on one device."""
+
+import math
+import re
+
+from moejax.planning.hlo import Instruction, Program
+
+
+def dot_flops(program: Program) -> int:
+    """2 x multiply-adds of every `dot`, loops by their trip count where the compiler knows it and once where not."""
+    return _flops(program, program.entry)
+
+
+def _flops(program: Program, computation: str) -> int:
+    lines = program.computations[computation]
+    made = {line.name: line for line in lines}
+    total = 0
+    for line in lines:
+        if line.opcode == "dot":
+            total += _of_dot(line, made[line.operands[0]])
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line.attributes)
+        total += sum(_flops(program, name) for name in line.called) * (int(trips[1]) if trips else 1)
+    return total
+
+
+def _of_dot(line: Instruction, left: Instruction) -> int:
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
+    assert found is not None, line
+    contracted = math.prod(left.result[0].shape[int(axis)] for axis in found[1].split(",") if axis)
+    return 2 * line.result[0].size * contracted
