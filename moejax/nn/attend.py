@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.attention import blockwise
+from moejax.kernels.attention import blockwise, triton
 from moejax.kernels.attention.sight import Keys, Queries, queries_at
 from moejax.nn.segments import segment_starts
 from moejax.sharding import varying_as
@@ -49,23 +49,13 @@ def attend_places(
     Returns:
       In v's dtype. Differentiable in q, k, v and sinks, with memory for one pair of blocks of scores.
     """
-    batch, length, heads, width = q.shape
-    shape = (batch, length, k.shape[1], heads // k.shape[1], width)
-    queries = queries_at(q_places, q_segments, window, chunk)
-    operands = (
-        jnp.moveaxis(q.reshape(shape), 1, 3),
-        k,
-        v,
-        None if sinks is None else sinks.reshape(shape[2:4]),
-        queries,
-        Keys(k_places, k_segments),
-    )
+    operands = (q, k, v, sinks, queries_at(q_places, q_segments, window, chunk), Keys(k_places, k_segments))
     # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
     # devices.
     leaves = jax.tree.leaves(operands)
-    operands = jax.tree.map(lambda x: varying_as(x, *leaves), operands)
-    out = _attend(width**-0.5 if scale is None else scale, *operands)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, v.shape[-1])
+    return _attend(
+        q.shape[-1] ** -0.5 if scale is None else scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands)
+    )
 
 
 def attend_causal(
@@ -132,33 +122,30 @@ def _forward(
     queries: Queries,
     keys: Keys,
 ) -> tuple[jax.Array, Saved]:
-    def run(dtype, *operands):
-        return blockwise.forward(*operands, scale=scale, dtype=dtype)
-
     operands = (q, k, v, sinks, queries, keys)
-    # XLA multiplies narrow types several times slower than f32 on CPU; a block is widened where it lies in the cache.
     out, logs = lax.platform_dependent(
-        *operands, cpu=functools.partial(run, jnp.float32), default=functools.partial(run, v.dtype)
+        *operands,
+        cpu=functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
+        cuda=functools.partial(triton.forward, scale=scale),
+        default=functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
     )
     return out, (*operands, out, logs)
 
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
     q, k, v, sinks, queries, keys, out, logs = saved
-
-    def run(dtype, *operands):
-        return blockwise.backward(*operands, scale=scale, dtype=dtype)
-
-    operands = (q, k, v, queries, keys, out, logs, dout)
     dq, dk, dv = lax.platform_dependent(
-        *operands, cpu=functools.partial(run, jnp.float32), default=functools.partial(run, v.dtype)
+        *(q, k, v, queries, keys, out, logs, dout),
+        cpu=functools.partial(blockwise.backward, scale=scale, dtype=jnp.float32),
+        default=functools.partial(blockwise.backward, scale=scale, dtype=v.dtype),
     )
-    dsinks = None
-    if sinks is not None:
-        share = jnp.exp(sinks.astype(jnp.float32)[:, :, None] - logs)
-        lost = share * jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
-        dsinks = -lost.sum((0, 3)).astype(sinks.dtype)
-    return dq, dk, dv, dsinks, None, None
+    return dq, dk, dv, None if sinks is None else _sink_gradient(sinks, out, logs, dout), None, None
+
+
+def _sink_gradient(sinks: jax.Array, out: jax.Array, logs: jax.Array, dout: jax.Array) -> jax.Array:
+    """The share of each sink times what it takes from the values, which it adds nothing to."""
+    taken = jnp.exp(sinks.astype(jnp.float32) - logs) * jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+    return -taken.sum((0, 1)).astype(sinks.dtype)
 
 
 _attend.defvjp(_forward, _backward)
