@@ -4,17 +4,12 @@ One rule says who sees what (`attend_places`), so that whole sequences, prompts 
 cache are one function.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.attention import blockwise, triton
-from moejax.kernels.attention.sight import Keys, Queries, queries_at
+from moejax.kernels.attention.platforms import attention
+from moejax.kernels.attention.sight import Keys, queries_at
 from moejax.nn.segments import segment_starts
-from moejax.sharding import varying_as
 
 
 def attend_places(
@@ -49,13 +44,8 @@ def attend_places(
     Returns:
       In v's dtype. Differentiable in q, k, v and sinks, with memory for one pair of blocks of scores.
     """
-    operands = (q, k, v, sinks, queries_at(q_places, q_segments, window, chunk), Keys(k_places, k_segments))
-    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
-    # devices.
-    leaves = jax.tree.leaves(operands)
-    return _attend(
-        q.shape[-1] ** -0.5 if scale is None else scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands)
-    )
+    queries, keys = queries_at(q_places, q_segments, window, chunk), Keys(k_places, k_segments)
+    return attention(q, k, v, sinks, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def attend_causal(
@@ -95,57 +85,3 @@ def attend_causal(
         scale=scale,
         sinks=sinks,
     )
-
-
-Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    scale: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: jax.Array | None,
-    queries: Queries,
-    keys: Keys,
-) -> jax.Array:
-    return _forward(scale, q, k, v, sinks, queries, keys)[0]
-
-
-def _forward(
-    scale: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: jax.Array | None,
-    queries: Queries,
-    keys: Keys,
-) -> tuple[jax.Array, Saved]:
-    operands = (q, k, v, sinks, queries, keys)
-    out, logs = lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
-        cuda=functools.partial(triton.forward, scale=scale),
-        default=functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
-    )
-    return out, (*operands, out, logs)
-
-
-def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
-    q, k, v, sinks, queries, keys, out, logs = saved
-    dq, dk, dv = lax.platform_dependent(
-        *(q, k, v, queries, keys, out, logs, dout),
-        cpu=functools.partial(blockwise.backward, scale=scale, dtype=jnp.float32),
-        default=functools.partial(blockwise.backward, scale=scale, dtype=v.dtype),
-    )
-    return dq, dk, dv, None if sinks is None else _sink_gradient(sinks, out, logs, dout), None, None
-
-
-def _sink_gradient(sinks: jax.Array, out: jax.Array, logs: jax.Array, dout: jax.Array) -> jax.Array:
-    """The share of each sink times what it takes from the values, which it adds nothing to."""
-    taken = jnp.exp(sinks.astype(jnp.float32) - logs) * jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
-    return -taken.sum((0, 1)).astype(sinks.dtype)
-
-
-_attend.defvjp(_forward, _backward)
