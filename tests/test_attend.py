@@ -91,11 +91,6 @@ CASES = {
 PLAIN, WINDOW, CHUNK = {}, {"window": 40, "sinks": True, "packed": True}, {"chunk": 96, "packed": True}
 RULED = [(case, WINDOW) for case in CASES]
 RULED += [("padded", PLAIN), ("padded", CHUNK), ("a token over a long cache", PLAIN)]
-    *((case, WINDOW) for case in CASES),
-    ("padded", PLAIN),
-    ("a token over a long cache", PLAIN),
-    ("padded", CHUNK),
-]
 
 
 @pytest.mark.parametrize(("case", "rule"), RULED)
