@@ -136,7 +136,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
         held = peer.memory("VmHWM") if peer else 0
         peaks = {name: training.own_peak() if name == OWN else held for name in figures}
         with console.status("probing this machine's limits"):
-            peak = matrix_peak(dtype, mesh, peer)
+            peak = matrix_peak(dtype, peer).times(chips(mesh))
     flops = training.step_flops(work, args.batch_size, args.seq_len)
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len, "step_flops": flops}
     limit = {"limits": {"matrix_flops_per_s": peak.rate, "matrix_by": peak.by}}
