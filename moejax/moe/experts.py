@@ -14,21 +14,26 @@ from moejax.precision import precision_of
 
 
 def grouped_mlp(
-    rows: Float[Array, "M D"], params: ExpertParams, group_sizes: Int[Array, " E"], activation: Activation
+    rows: Float[Array, "M D"],
+    params: ExpertParams,
+    group_sizes: Int[Array, " n"],
+    activation: Activation,
+    first: int = 0,
 ) -> Float[Array, "M D"]:
     """`down_e activation(gate_e x, up_e x)`, with biases where there are, for rows sorted by expert; zeros past the
-    last group.
+    last group. The rows are those of the n experts from `first` on.
 
     With F cut over the tensor axis the result is this device's partial sum, into which the whole of `down_bias` goes.
     """
     experts, width, _, hidden = params.gate_up.shape
-    both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes)
+    mine = slice(first, first + group_sizes.size)
+    both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes, first)
     if params.gate_up_bias is not None:
-        both = both + _of_each_row(params.gate_up_bias.reshape(experts, 2 * hidden), group_sizes, rows.shape[0])
+        both = both + _of_each_row(params.gate_up_bias.reshape(experts, 2 * hidden)[mine], group_sizes, rows.shape[0])
     inner = activate(both[:, :hidden], both[:, hidden:], activation)
-    outputs = grouped_matmul(inner, params.down, group_sizes)
+    outputs = grouped_matmul(inner, params.down, group_sizes, first)
     if params.down_bias is not None:
-        outputs = outputs + _of_each_row(params.down_bias, group_sizes, rows.shape[0])
+        outputs = outputs + _of_each_row(params.down_bias[mine], group_sizes, rows.shape[0])
     return outputs
 
 

@@ -67,9 +67,7 @@ def weight_gradient(
     return _call("moejax_weight_gradient", shape, out_dtype, x, dy, group_sizes, isa=isa)
 
 
-def _call(
-    handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int
-) -> jax.Array:
+def _call(handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int) -> jax.Array:
     """Inside shard_map the result differs along every axis along which an operand does."""
     operands = tuple(varying_as(operand, *operands) for operand in operands)
     kind = jax.typeof(operands[0]).manual_axis_type
