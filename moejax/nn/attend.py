@@ -1,48 +1,71 @@
-"""Grouped-query attention over keys and values at hand: no parameters, no mesh, no cache."""
+"""Grouped-query attention over keys and values at hand: no parameters, no mesh, no cache.
+
+One rule says who sees what (`attend_places`), so that whole sequences, prompts in chunks and decoded tokens over a
+cache are one function.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from moejax.kernels.attention import blockwise
+from moejax.kernels.attention.sight import Keys, Queries, queries_at
 from moejax.nn.segments import segment_starts
-from moejax.precision import precision_of
-from moejax.sharding import pad_axis
-
-QUERY_BLOCK = 512
-"""Queries scored at once: bounds the scores to QUERY_BLOCK x S instead of S x S."""
+from moejax.sharding import varying_as
 
 
-def attend(
+def attend_places(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B G T H"],
     v: Float[Array, "B G T Hv"],
-    visible: Bool[Array, "B S T"],
+    q_places: Int[Array, "B S"],
+    k_places: Int[Array, "B T"],
     *,
+    q_segments: Int[Array, "B S"] | None = None,
+    k_segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
     scale: float | None = None,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B S N Hv"]:
     """Softmax attention of N query heads over G key/value heads, consecutive N / G heads sharing one.
 
-    Scores and softmax are f32, probabilities are rounded to v's dtype, as transformers' eager attention does. A query
-    that sees nothing (padding) gets a finite result that is never used.
+    A query sees the keys of its own segment at its own place and before, within the window and the chunk. Keys may be
+    in any order, as in a ring. Blocks of keys that nobody sees are not read. Scores and softmax are f32. A query that
+    sees nothing (padding) gets a finite result that is never used.
 
     Args:
       q, k, v: values may have a width of their own.
-      visible: which keys each query sees.
+      q_places, k_places: of each token in its sequence; -1 for padding, and for a place of a cache that holds no token.
+      q_segments, k_segments: both, or None where a row is one sequence.
+      window: the most places seen, the query's own among them; None for all.
+      chunk: queries see only places of their own chunk of this many; None for no chunks.
       scale: of the scores; None is 1 / sqrt(H).
       sinks: a score for each head that takes part in the softmax and brings no value.
+
+    Returns:
+      In v's dtype. Differentiable in q, k, v and sinks, with memory for one pair of blocks of scores.
     """
     batch, length, heads, width = q.shape
-    groups = k.shape[1]
-    precision = precision_of(q.dtype)
-    q = q.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("bsgih,bgth->bgist", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores * (width**-0.5 if scale is None else scale)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = _softmax(scores, sinks).astype(v.dtype)
-    out = jnp.einsum("bgist,bgth->bsgih", probabilities, v, precision=precision)
-    return out.reshape(batch, length, heads, v.shape[-1])
+    shape = (batch, length, k.shape[1], heads // k.shape[1], width)
+    queries = queries_at(q_places, q_segments, window, chunk)
+    operands = (
+        jnp.moveaxis(q.reshape(shape), 1, 3),
+        k,
+        v,
+        None if sinks is None else sinks.reshape(shape[2:4]),
+        queries,
+        Keys(k_places, k_segments),
+    )
+    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
+    # devices.
+    leaves = jax.tree.leaves(operands)
+    operands = jax.tree.map(lambda x: varying_as(x, *leaves), operands)
+    out = _attend(width**-0.5 if scale is None else scale, *operands)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, v.shape[-1])
 
 
 def attend_causal(
@@ -63,49 +86,79 @@ def attend_causal(
       segments: 0 is padding; attention stays within a segment.
       window: the most tokens seen, the token itself among them; None for all.
       chunk: tokens see only their own chunk of this many places, counted from the segment's first; None for no chunks.
-      scale, sinks: as `attend` takes them.
+      scale, sinks: as `attend_places` takes them.
     """
-    length = q.shape[1]
-    marks = _marks(segments, chunk)
-    if length <= QUERY_BLOCK:
-        return attend(q, k, v, _visible(marks, marks, jnp.int32(0), window), scale=scale, sinks=sinks)
-    blocks = -(-length // QUERY_BLOCK)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = pad_axis(x, 1, blocks * QUERY_BLOCK)
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
-    def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        first, q_block, marks_block = block
-        return attend(q_block, k, v, _visible(marks_block, marks, first, window), scale=scale, sinks=sinks)
-
-    out = lax.map(one, (jnp.arange(blocks, dtype=jnp.int32) * QUERY_BLOCK, cut(q), cut(marks)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
-
-
-def _marks(segments: Int[Array, "B S"], chunk: int | None) -> Int[Array, "B S M"]:
-    """What must be equal for one token to see another: the segment, and with chunks the number of the chunk."""
-    if chunk is None:
-        return segments[..., None]
-    behind = jnp.arange(segments.shape[1], dtype=jnp.int32) - segment_starts(segments)
-    return jnp.stack([segments, behind // chunk], axis=-1)
+    places = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    if chunk is not None:
+        places = places - segment_starts(segments)
+    places = jnp.where(segments > 0, places, -1)
+    return attend_places(
+        q,
+        k,
+        v,
+        places,
+        places,
+        q_segments=segments,
+        k_segments=segments,
+        window=window,
+        chunk=chunk,
+        scale=scale,
+        sinks=sinks,
+    )
 
 
-def _softmax(scores: Float[Array, "B G I S T"], sinks: Float[Array, " N"] | None) -> Float[Array, "B G I S T"]:
-    if sinks is None:
-        return jax.nn.softmax(scores, axis=-1)
-    sink = sinks.astype(jnp.float32).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
-    largest = lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sink))
-    powers = jnp.exp(scores - largest)
-    return powers / (powers.sum(-1, keepdims=True) + jnp.exp(sink - largest))
+Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
 
 
-def _visible(
-    q_marks: Int[Array, "B Q M"], k_marks: Int[Array, "B S M"], first: Int[Array, ""], window: int | None
-) -> Bool[Array, "B Q S"]:
-    """Which keys each query sees, where query i is token `first + i`."""
-    queries = first + jnp.arange(q_marks.shape[1], dtype=jnp.int32)[:, None]
-    behind = queries - jnp.arange(k_marks.shape[1], dtype=jnp.int32)
-    near = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
-    alike = (q_marks[:, :, None] == k_marks[:, None, :]).all(-1)
-    return alike & (k_marks[:, None, :, 0] > 0) & near
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    scale: float,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    queries: Queries,
+    keys: Keys,
+) -> jax.Array:
+    return _forward(scale, q, k, v, sinks, queries, keys)[0]
+
+
+def _forward(
+    scale: float,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    queries: Queries,
+    keys: Keys,
+) -> tuple[jax.Array, Saved]:
+    def run(dtype, *operands):
+        return blockwise.forward(*operands, scale=scale, dtype=dtype)
+
+    operands = (q, k, v, sinks, queries, keys)
+    # XLA multiplies narrow types several times slower than f32 on CPU; a block is widened where it lies in the cache.
+    out, logs = lax.platform_dependent(
+        *operands, cpu=functools.partial(run, jnp.float32), default=functools.partial(run, v.dtype)
+    )
+    return out, (*operands, out, logs)
+
+
+def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
+    q, k, v, sinks, queries, keys, out, logs = saved
+
+    def run(dtype, *operands):
+        return blockwise.backward(*operands, scale=scale, dtype=dtype)
+
+    operands = (q, k, v, queries, keys, out, logs, dout)
+    dq, dk, dv = lax.platform_dependent(
+        *operands, cpu=functools.partial(run, jnp.float32), default=functools.partial(run, v.dtype)
+    )
+    dsinks = None
+    if sinks is not None:
+        share = jnp.exp(sinks.astype(jnp.float32)[:, :, None] - logs)
+        lost = share * jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
+        dsinks = -lost.sum((0, 3)).astype(sinks.dtype)
+    return dq, dk, dv, dsinks, None, None
+
+
+_attend.defvjp(_forward, _backward)

@@ -41,6 +41,16 @@ class HeadShare:
         return ((self.stream.ep,) if self.helpers > 1 else ()) + self.stream.tp_axes
 
     @property
+    def total_heads(self) -> int:
+        """Query heads of all devices together, as `cache_spec` cuts them."""
+        return self.heads * self.helpers * self.stream.tp_size
+
+    @property
+    def total_kv_heads(self) -> int:
+        """Key/value heads likewise; those that several devices share count once on each."""
+        return self.kv_heads * self.helpers * self.stream.tp_size
+
+    @property
     def cache_spec(self) -> PartitionSpec:
         """How a cache `[B, G, C, H]` of these heads lies on the mesh."""
         divided = (self.stream.tp, self.stream.ep) if self.helpers > 1 else (self.stream.tp,)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, NormConfig
-from moejax.nn.attend import attend_causal
+from moejax.kernels.attention.reference import attend, causal
 from moejax.nn.norm import normalise, unit_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
@@ -40,16 +40,8 @@ def attention_reference(
         floor, scale = config.temperature
         growth = jnp.log1p(jnp.floor((places.positions.astype(jnp.float32) + 1) / floor)) * scale + 1
         q = (q.astype(jnp.float32) * growth[..., None, None]).astype(q.dtype)
-    out = attend_causal(
-        q,
-        k.swapaxes(1, 2),
-        v.swapaxes(1, 2),
-        segments,
-        config.window,
-        chunk=config.chunk,
-        scale=config.scale,
-        sinks=params.get("sinks"),
-    )
+    visible = causal(segments, config.window, config.chunk)
+    out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible, scale=config.scale, sinks=params.get("sinks"))
     if config.gate:
         out = out * jax.nn.sigmoid(heads["gate"])
     y = jnp.einsum("bsnh,nhd->bsd", out, params["o"], precision=precision_of(x.dtype))

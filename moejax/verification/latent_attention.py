@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import LatentAttentionConfig, NormConfig
-from moejax.nn.attend import attend_causal
+from moejax.kernels.attention.reference import attend, causal
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
@@ -55,5 +55,5 @@ def latent_attention_reference(
     turned_k = apply_rope(k_rope[:, :, None], cos, sin, config.rope.interleaved)
     q = jnp.concatenate([q_nope, turned_q], -1)
     k = jnp.concatenate([k_nope, jnp.broadcast_to(turned_k, turned_q.shape)], -1)
-    out = attend_causal(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, scale=config.scale)
+    out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), causal(segments), scale=config.scale)
     return jnp.einsum("bsnv,nvd->bsd", out, params["o"], precision=exact) + bias("o_bias")

@@ -1,0 +1,1 @@
+"""Softmax attention under one rule of sight: the oracle, and what each platform computes."""
