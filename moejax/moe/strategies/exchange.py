@@ -56,19 +56,21 @@ def exchange(
 def _wave(values: Values, indices: tuple[jax.Array, ...], wave: jax.Array, cells: Cells, local: Local) -> jax.Array:
     """One exchange there and back: the part of the sum that this wave carries.
 
-    In `chunks` slices of the experts it is a pipeline: while one slice is computed, the next one arrives and the one
-    before goes back.
+    In `chunks` slices of the experts it is a pipeline: while the first half of a slice is computed, the slice before
+    goes back, and during the second half the next one arrives.
     """
     share, weights, experts = values
     slices = [Slice(chunk, weights, indices, wave, cells, local) for chunk in range(local.chunks)]
     arriving, leaving, parts = swap(slices[0].send(share), local), None, []
     for this, following, before in zip(slices, [*slices[1:], None], [None, *slices[:-1]], strict=True):
         rows = gather_share(arriving, experts.gate_up.shape[1], local)
-        rows, share, leaving = _together((rows, share, leaving), local)
-        outputs = this.compute(rows, experts)
-        arriving = None if following is None else swap(following.send(share), local)
+        rows, leaving, share = _together((rows, leaving, share), local)
+        inner = this.gate_up(rows, experts)
         returned = None if before is None else swap(leaving, local)
-        outputs, share, arriving, returned = _together((outputs, share, arriving, returned), local)
+        inner, returned, share = _together((inner, returned, share), local)
+        outputs = this.down(inner, experts)
+        arriving = None if following is None else swap(following.send(share), local)
+        outputs, arriving, share = _together((outputs, arriving, share), local)
         leaving = this.reply(outputs)
         if before is not None:
             parts.append(before.combine(returned))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.moe.experts import grouped_mlp
+from moejax.moe.experts import grouped_down, grouped_gate_up
 from moejax.moe.params import ExpertParams
 from moejax.moe.strategies.cells import Cells, grouped_rows
 from moejax.moe.strategies.local import Local
@@ -15,8 +15,10 @@ from moejax.sharding import varying
 
 
 class Slice:
-    """`send`, `swap` over the expert axis, `compute`, `reply`, `swap` again, `combine`; between the first two and the
-    last two of them rows are shares of D, in `compute` they are whole."""
+    """In this order: `send`, `swap` over the expert axis, `gate_up`, `down`, `reply`, `swap` again, `combine`.
+
+    Rows are shares of D on the wire, and whole for the experts.
+    """
 
     def __init__(
         self,
@@ -28,7 +30,8 @@ class Slice:
         local: Local,
     ):
         cell, place, received = indices
-        self.chunk, self.weights, self.local = chunk, weights, local
+        self.weights, self.local = weights, local
+        self.first = chunk * (local.placement.slots_per_device // local.chunks)
         with jax.named_scope("dispatch"):
             self.row = _rows_of_pairs(cell, place - wave * cells.rows, chunk, cells, local)
             self.pair = _invert(self.row, local.ep_size * cells.rows)
@@ -41,11 +44,15 @@ class Slice:
             leaving = _pick(share, lax.div(self.pair, jnp.int32(self.weights.shape[1])))
             return weigh_inputs(leaving, self.weights, self.pair, self.local)
 
-    def compute(self, rows: Float[Array, "PC D"], experts: ExpertParams) -> Float[Array, "PC D"]:
-        """The experts' outputs, sorted by expert: partial sums over the tensor axis."""
-        first = self.chunk * (self.local.placement.slots_per_device // self.local.chunks)
+    def gate_up(self, rows: Float[Array, "PC D"], experts: ExpertParams) -> Float[Array, "PC F"]:
+        """The experts' hidden values, sorted by expert."""
         with jax.named_scope("experts"):
-            return grouped_mlp(_pick(rows, self.order), experts, self.sizes, self.local.activation, first)
+            return grouped_gate_up(_pick(rows, self.order), experts, self.sizes, self.local.activation, self.first)
+
+    def down(self, inner: Float[Array, "PC F"], experts: ExpertParams) -> Float[Array, "PC D"]:
+        """The experts' outputs, sorted by expert: partial sums over the tensor axis."""
+        with jax.named_scope("experts"):
+            return grouped_down(inner, experts, self.sizes, self.first)
 
     def reply(self, outputs: Float[Array, "PC D"]) -> Float[Array, "PC d"]:
         """What goes back, in the order in which the rows arrived."""
