@@ -56,6 +56,18 @@ def test_throughput_is_a_table_with_a_row_for_each_batch(capsys):
     assert "limits " in err
 
 
+def test_train(capsys):
+    """A step on the same batch again lowers its loss; rates are of the median step."""
+    result = result_of([*example("train", capsys), "--mesh", "ep=2,tp=1"], capsys)
+    (row,) = result["rows"]
+    assert row["contender"] == "moejax" and result["against"] is None
+    assert row["losses"] == sorted(row["losses"], reverse=True) and len(row["losses"]) == 3
+    assert row["tok_s"] == pytest.approx(2 * 32 / row["seconds"]["median"])
+    assert row["peak_share"] == pytest.approx(
+        result["step_flops"] / row["seconds"]["median"] / result["limits"]["matrix_flops_per_s"]
+    )
+
+
 def test_layer_collectives_and_their_examples(capsys):
     arguments = example("layer", capsys)
     arguments[arguments.index("64")] = "9"

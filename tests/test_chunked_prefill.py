@@ -17,9 +17,7 @@ CHUNK = 8
 LENGTHS = (3, 16, 61, 41)
 CASES = [
     "deepseek_v2_lite",  # latents, and a rope that follows the row's length
-    pytest.param(
-        "llama4_text_interleaved", marks=pytest.mark.slow
-    ),  # rings of chunks of 7 tokens, queries tempered by position
+    pytest.param("llama4_text_interleaved", marks=pytest.mark.slow),  # rings of chunks of 7
     pytest.param("qwen3_next_grouped", marks=pytest.mark.slow),  # a convolution and a recurrent state
     pytest.param("mixtral_dynamic", marks=pytest.mark.slow),  # rings of 7, and a rope that follows the length
     pytest.param("phimoe_longrope", marks=pytest.mark.slow),  # rings of 11, rows that are run anew past 16 tokens

@@ -345,9 +345,8 @@ def test_rings_hold_their_window_and_decode_past_it(mesh, tmp_path, name):
         row[: len(prompt)] = prompt
     engine.start(rows, np.array([3, 31]), 0, 31 + 33 - 1)
     caches = engine._step.caches
-    assert [cache.k.shape[2] for cache in caches] == [
-        layer.mixer.window or model.config.context for layer in model.config.layers
-    ]
+    places = [layer.mixer.window or model.config.context for layer in model.config.layers]
+    assert [cache.k.shape[2] for cache in caches] == places
     assert all(cache.k.shape == cache.v.shape for cache in caches)
     # A step consumes the caches: they are updated in place, not copied.
     new, _, _ = engine.step(np.array([32, 32], np.int32))

@@ -122,7 +122,7 @@ def test_slices_of_the_exchange_travel_behind_the_experts():
 
 
 def test_one_row_reads_its_part_of_the_head_where_it_is():
-    """Replicated rows divide the vocabulary of a tensor-parallel rank over ep: by reading a block, not by copying it."""
+    """Replicated rows divide a rank's vocabulary over ep: each device reads its block of the head, and copies nothing."""
     case = Case(MIXTRAL, batch=1, chunk=1)
     for line in compiled(case).program.kernels():
         if "lm_head" in line.scope.split("/"):

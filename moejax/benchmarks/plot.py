@@ -98,6 +98,14 @@ def _collectives(result: Mapping[str, Any]) -> list[Panel]:
     return [panel]
 
 
+def _train(result: Mapping[str, Any]) -> list[Panel]:
+    panel = Panel(f"training {result['model']}", "tokens of a step", "tokens/s")
+    tokens = result["batch_size"] * result["seq_len"]
+    for row in result["rows"]:
+        panel.add(row["contender"], tokens, row["seconds"], lambda s: tokens / s)
+    return [panel]
+
+
 def _load(result: Mapping[str, Any]) -> list[Panel]:
     panel = Panel(f"loading {result['model']}", "bytes", "s")
     for row in result["rows"]:
@@ -109,6 +117,7 @@ _PANELS: Mapping[str, Callable[[Mapping[str, Any]], list[Panel]]] = {
     "latency": _generation,
     "throughput": _generation,
     "layer": _layer,
+    "train": _train,
     "collectives": _collectives,
     "load": _load,
 }

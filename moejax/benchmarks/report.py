@@ -7,6 +7,7 @@ from typing import Any
 from moejax.benchmarks.generation import OWN, Figures
 from moejax.benchmarks.interleave import Spread
 from moejax.benchmarks.probes import Limit
+from moejax.benchmarks.training import Trained
 from moejax.benchmarks.work import Work
 
 
@@ -94,6 +95,38 @@ def _against(figures: Mapping[str, Figures]) -> dict[str, Any] | None:
         "decode_best_peer": decode,
         "same_tokens": sum(pairs) / len(pairs),
     }
+
+
+def train_result(
+    figures: Mapping[str, Trained], tokens: int, least_s: float, peaks: Mapping[str, int]
+) -> dict[str, Any]:
+    """The rows of a training benchmark, and moejax against the best of its peers where it had some.
+
+    Args:
+      figures: of each contender.
+      tokens: of one step.
+      least_s: seconds that a step's FLOPs take at the matrix peak.
+      peaks: the most memory that each contender's process held.
+    """
+    rows = [
+        timed(
+            f.seconds,
+            contender=name,
+            tok_s=tokens / f.seconds.median,
+            peak_share=least_s / f.seconds.median,
+            peak_bytes=peaks[name],
+            losses=f.losses,
+        )
+        for name, f in figures.items()
+    ]
+    own, *peers = rows
+    best = max(peers, key=lambda row: row["tok_s"], default=None)
+    against = best and {
+        "best_peer": best["contender"],
+        "tok_ratio": own["tok_s"] / best["tok_s"],
+        "peak_ratio": own["peak_bytes"] / best["peak_bytes"],
+    }
+    return {"rows": rows, "against": against}
 
 
 def timed(spread: Spread, **facts: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Peer:
         family = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
         began = time.perf_counter()
         model = family.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **options)
-        self.model = model.eval()
+        self.model, self.optimizer = model.eval(), None
         return {"load_s": time.perf_counter() - began}
 
     def choose(self, experts: str) -> dict:
@@ -62,6 +62,24 @@ class Peer:
             new.append(out.logits[:, -1].argmax(-1))
         rows = torch.stack(new, 1).tolist()
         return {"first_s": first - began, "later_s": time.perf_counter() - first, "tokens": rows}
+
+    def train_step(self, rows: list[list[int]], dtype: str, learning_rate: float) -> dict:
+        """One step of AdamW over f32 weights, forward and backward in `dtype`; the loss before it.
+
+        One optimizer for the model, whatever implementation of the experts a step runs.
+        """
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), learning_rate, weight_decay=1e-4, fused=True)
+        tokens = torch.tensor(rows)
+        narrow = getattr(torch, dtype)
+        began = time.perf_counter()
+        with torch.autocast("cpu", narrow, enabled=narrow != torch.float32):
+            loss = self.model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"seconds": time.perf_counter() - began, "loss": loss.item()}
 
     def matmul(self, dtype: str, size: int) -> dict:
         """Seconds of one square product, the best of five."""

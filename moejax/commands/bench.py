@@ -12,7 +12,7 @@ from rich.console import Console
 from moejax import distributed
 from moejax.benchmarks.peers import cpus, load_average
 from moejax.benchmarks.plot import check_plot, draw, panels_of
-from moejax.commands.bench_runs import run_collectives, run_generation, run_layer, run_load
+from moejax.commands.bench_runs import run_collectives, run_generation, run_layer, run_load, run_train
 from moejax.commands.bench_tables import table_of
 from moejax.commands.common import (
     INTERRUPTED,
@@ -191,6 +191,23 @@ def _load() -> argparse.ArgumentParser:
     return parser
 
 
+def _train() -> argparse.ArgumentParser:
+    parser = base_parser(
+        "moejax bench train",
+        "Steps of AdamW on one batch of random tokens: forward and backward in --dtype, master weights in float32.\n"
+        f"Memory is the most that the process held, loading included.\n\n{_HOW}",
+        "moejax bench train --platform cpu --batch-size 2 --seq-len 32 --rounds 2",
+    )
+    _add_common(parser)
+    _add_weights(parser)
+    add_mesh(parser)
+    add_strategy(parser)
+    _add_versus(parser, " in one process")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences (default 4)")
+    parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of each (default 256)")
+    return parser
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"measured (default {ROUNDS})")
     parser.add_argument("--plot", metavar="FILE", help="write a picture too, FILE.png or FILE.svg")
@@ -211,6 +228,7 @@ BENCHMARKS = {
     "latency": Benchmark("time to first token and per token of one batch", _latency, run_generation),
     "throughput": Benchmark("tokens a second for several batch sizes", _throughput, run_generation),
     "layer": Benchmark("one mixture-of-experts block on meshes, with strategies", _layer, run_layer),
+    "train": Benchmark("training steps", _train, run_train),
     "collectives": Benchmark("all_to_all and psum on a mesh", _collectives, run_collectives),
     "load": Benchmark("loading a checkpoint: time and memory", _load, run_load),
 }

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 import moejax
+from moejax.benchmarks import training
 from moejax.benchmarks.collectives import time_collectives
 from moejax.benchmarks.generation import OWN, Batch, Run, experts_hit, measure, own_contender, peer_contender
 from moejax.benchmarks.layer import Case, block_of, layer_flops, time_layers
@@ -20,7 +22,7 @@ from moejax.benchmarks.loading import measure_loading
 from moejax.benchmarks.peers import Child, check_installed, cpus, load_average, transformers_child
 from moejax.benchmarks.probes import matrix_peak, read_bandwidth
 from moejax.benchmarks.random_weights import write_random_checkpoint
-from moejax.benchmarks.report import Limits, batch_result, timed
+from moejax.benchmarks.report import Limits, batch_result, timed, train_result
 from moejax.benchmarks.work import Work
 from moejax.checkpoint.source import read_json
 from moejax.commands.session import LoadingBar, agree_on, console, load_model, log, mesh_for
@@ -32,6 +34,8 @@ from moejax.report import report_lines
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 """transformers' implementations of experts that run on a CPU."""
+TRAINED_EXPERTS = ("eager", "grouped_mm")
+"""Those that take part in training: batched_mm gathers weights for every pair of token and expert."""
 
 # batched_mm gathers a copy of the weights for every pair of token and expert.
 _MOST_GATHERED = 1 << 31
@@ -100,6 +104,42 @@ def run_collectives(args: argparse.Namespace) -> dict[str, Any]:
         for (kind, axes, size), spread in spreads.items()
     ]
     return _setting(args, mesh, "float32") | {"rows": rows}
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    """Training steps on one batch."""
+    for name in ("batch_size", "seq_len"):
+        _at_least(name, getattr(args, name), 2 if name == "seq_len" else 1)
+    if importlib.util.find_spec("optax") is None:
+        raise MoejaxError('bench train needs optax; pip install "moejax[train]"')
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_weights(args))
+        mesh = mesh_for(args, folder)
+        _check_versus(args, mesh)
+        if args.vs and mesh.size > 1:
+            raise MoejaxError(f"train --vs transformers compares single devices, not {mesh.size}; use --mesh ep=1,tp=1")
+        dtype = dtype_of(args.dtype, read_config(read_json(folder, "config.json"))).dtype.name
+        args.dtype = "float32"  # of the master weights
+        peer = stack.enter_context(transformers_child()) if args.vs else None
+        versions = _load_peer(peer, folder, "float32") if peer else {}
+        model, _ = load_model(args, folder, mesh, strategy=args.strategy)
+        work = Work.of(model.config, dtype)
+        rows = training.random_rows(model.config.vocab_size, args.batch_size, args.seq_len)
+        contenders = {OWN: training.own_contender(model, rows, dtype)}
+        if peer:
+            for experts in TRAINED_EXPERTS:
+                contenders[f"transformers {experts}"] = training.peer_contender(peer, experts, rows, dtype)
+        with _rounds(f"{args.batch_size} x {args.seq_len} tokens", args.rounds) as tick:
+            figures = training.measure(contenders, args.rounds, tick)
+        held = peer.memory("VmHWM") if peer else 0
+        peaks = {name: training.own_peak() if name == OWN else held for name in figures}
+        with console.status("probing this machine's limits"):
+            peak = matrix_peak(dtype, mesh, peer)
+    flops = training.step_flops(work, args.batch_size, args.seq_len)
+    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len, "step_flops": flops}
+    limit = {"limits": {"matrix_flops_per_s": peak.rate, "matrix_by": peak.by}}
+    result = train_result(figures, args.batch_size * args.seq_len, flops / peak.rate, peaks)
+    return _setting(args, mesh, dtype) | versions | shape | limit | result
 
 
 def run_load(args: argparse.Namespace) -> dict[str, Any]:

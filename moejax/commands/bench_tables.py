@@ -94,6 +94,27 @@ def _collectives(result: Result) -> list[Table | str]:
     return [_table(("collective", "axes", "a device", "ms", "GB/s"), rows)]
 
 
+def _train(result: Result) -> list[Table | str]:
+    rows = [
+        [
+            row["contender"],
+            _milliseconds(row["seconds"]),
+            _digits(row["tok_s"]),
+            f"{row['peak_share']:.0%}",
+            human_bytes(row["peak_bytes"]),
+            f"{row['losses'][0]:.5f}",
+        ]
+        for row in result["rows"]
+    ]
+    lines = []
+    if against := result["against"]:
+        lines.append(
+            f"{against['tok_ratio']:.2f} times the tokens a second of {against['best_peer']}, "
+            f"{against['peak_ratio']:.2f} of its memory"
+        )
+    return [_table(("runtime", "step ms", "tokens/s", "peak", "memory", "first loss"), rows), *lines]
+
+
 def _load(result: Result) -> list[Table | str]:
     rows = [
         [
@@ -143,6 +164,7 @@ _TABLES: Mapping[str, Callable[[Result], list[Table | str]]] = {
     "latency": _latency,
     "throughput": _throughput,
     "layer": _layer,
+    "train": _train,
     "collectives": _collectives,
     "load": _load,
 }

@@ -337,10 +337,8 @@ def _most_steps(model: LanguageModel, rows: list[_Row]) -> int:
     limit = model.config.recomputed_after
     if limit is None:
         return BLOCK
-    before = [
-        room for row in rows if row.finish is None and (room := limit + 1 - len(row.prompt) - len(row.tokens)) > 0
-    ]
-    return min(before, default=BLOCK)
+    rooms = [limit + 1 - len(row.prompt) - len(row.tokens) for row in rows if row.finish is None]
+    return min((room for room in rooms if room > 0), default=BLOCK)
 
 
 def _outgrown(rows: list[_Row], limit: int | None) -> bool:

@@ -98,14 +98,14 @@ Loop: TypeAlias = tuple[Step, Int[Array, " B"], Drawn]
 def begin(graph: Any, size: int, draw: Draw, lie: Lie, state: Any, requests: Requests) -> Step:
     """The step before any token, with caches of `size` places."""
     decoder: Decoder = nnx.merge(graph, state)
-    rows = functools.partial(place, mesh=lie.stream.mesh, spec=lie.stream.batch_spec)
-    return Step(
-        tokens=rows(jnp.zeros(lie.rows, jnp.int32)),
-        logprobs=rows(jnp.zeros(lie.rows, jnp.float32)) if draw.logprobs else None,
-        positions=rows(requests.lengths),
+    step = Step(
+        tokens=jnp.zeros(lie.rows, jnp.int32),
+        logprobs=jnp.zeros(lie.rows, jnp.float32) if draw.logprobs else None,
+        positions=requests.lengths,
         caches=decoder.empty_caches(size, lie),
-        seen=rows(jnp.zeros((lie.rows, decoder.config.vocab_size), bool)) if draw.penalty != 1 else None,
+        seen=jnp.zeros((lie.rows, decoder.config.vocab_size), bool) if draw.penalty != 1 else None,
     )
+    return _in_rows(step, lie)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -123,11 +123,13 @@ def prefill(
     seen = None if step.seen is None else step.seen | seen_from_prompt(tokens, real, logits.shape[-1])
     new = _draw(logits, requests.lengths, caches, seen, requests, draw, lie)
     ends = (real > 0) & (requests.lengths <= first + tokens.shape[1])
-    kept = [jax.tree.map(lambda old, new: jnp.where(ends, new, old), a, b) for a, b in zip(_of(step), _of(new))]
-    seen = None if seen is None else jnp.where(ends[:, None], new.seen, seen)
-    new = new.replace(tokens=kept[0], logprobs=kept[1], seen=seen)
-    drawn = _everywhere((new.tokens[None], None if new.logprobs is None else new.logprobs[None]), lie)
-    return new, Drawn(*drawn, jnp.int32(1), dropped)
+    new = new.replace(
+        tokens=jnp.where(ends, new.tokens, step.tokens),
+        logprobs=None if new.logprobs is None else jnp.where(ends, new.logprobs, step.logprobs),
+        seen=None if new.seen is None else jnp.where(ends[:, None], new.seen, seen),
+    )
+    drawn = jax.tree.map(lambda row: row[None], _everywhere((new.tokens, new.logprobs), lie))
+    return _in_rows(new, lie), Drawn(*drawn, jnp.int32(1), dropped)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -155,20 +157,15 @@ def decode(
         new = _draw(logits, step.positions + 1, caches, step.seen, requests, draw, lie)
         tokens, logprobs = _everywhere((new.tokens, new.logprobs), lie)
         ended = (tokens[:, None] == requests.eos).any(1)
-        written = jax.tree.map(
-            lambda a, row: a.at[drawn.count].set(row), (drawn.tokens, drawn.logprobs), (tokens, logprobs)
-        )
+        rows = (drawn.tokens, drawn.logprobs), (tokens, logprobs)
+        written = jax.tree.map(lambda so_far, row: so_far.at[drawn.count].set(row), *rows)
         return new, jnp.where(ended, 0, left - 1), Drawn(*written, drawn.count + 1, drawn.dropped + dropped)
 
     nothing = _everywhere(jnp.zeros((BLOCK, lie.rows), jnp.int32), lie)
     scores = nothing.astype(jnp.float32) if draw.logprobs else None
     start = (step, _everywhere(left, lie), Drawn(nothing, scores, jnp.int32(0), jnp.int32(0)))
     step, _, drawn = lax.while_loop(going, body, start)
-    return step, drawn
-
-
-def _of(step: Step) -> tuple[jax.Array, jax.Array | None]:
-    return step.tokens, step.logprobs
+    return _in_rows(step, lie), drawn
 
 
 def _draw(
@@ -181,15 +178,20 @@ def _draw(
     lie: Lie,
 ) -> Step:
     """Draws the token at `positions` of each row from logits whose vocabulary is first put together."""
-    rows = functools.partial(place, mesh=lie.stream.mesh, spec=lie.stream.batch_spec)
     with jax.named_scope("sample"):
-        logits = rows(logits)
+        logits = place(logits, lie.stream.mesh, lie.stream.batch_spec)
         scores = logits if seen is None else repetition_penalty(logits, seen, draw.penalty)
         tokens = sample(scores, request_keys(requests.seed, requests.numbers, positions), draw.filters)
         logprobs = logprobs_of(logits, tokens) if draw.logprobs else None
         seen = None if seen is None else mark_seen(seen, tokens)
-    tokens, logprobs, positions, seen = jax.tree.map(rows, (tokens, logprobs, positions, seen))
-    return Step(tokens, logprobs, positions, caches, seen)
+    return _in_rows(Step(tokens, logprobs, positions, caches, seen), lie)
+
+
+def _in_rows(step: Step, lie: Lie) -> Step:
+    """The step with all but its caches, which mixers place, cut as the batch is: one program then serves all steps."""
+    rows = step.replace(caches=())
+    rows = jax.tree.map(lambda a: place(a, lie.stream.mesh, lie.stream.batch_spec), rows)
+    return rows.replace(caches=step.caches)
 
 
 def _everywhere(values: Any, lie: Lie) -> Any:

@@ -22,6 +22,7 @@ from moejax.sharding import live_axes, pad_axis, pmax, psum, varying_as
 BLOCK = 512
 """Tokens whose logits are there at one time, on each device."""
 
+Rows: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 Head: TypeAlias = tuple[jax.Array, jax.Array | None]
 
 
@@ -65,7 +66,7 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _weighted_sum(rows: tuple, tables: Head, first: jax.Array, config: ModelConfig, axes: tuple[str, ...]) -> jax.Array:
+def _weighted_sum(rows: Rows, tables: Head, first: jax.Array, config: ModelConfig, axes: tuple[str, ...]) -> jax.Array:
     total, _ = lax.scan(
         lambda total, block: (total + _block_loss(block, tables, first, config, axes)[0], None),
         varying_as(jnp.float32(0), rows[2]),
@@ -75,11 +76,11 @@ def _weighted_sum(rows: tuple, tables: Head, first: jax.Array, config: ModelConf
 
 
 def _forward(
-    rows: tuple, tables: Head, first: jax.Array, config: ModelConfig, axes: tuple[str, ...]
+    rows: Rows, tables: Head, first: jax.Array, config: ModelConfig, axes: tuple[str, ...]
 ) -> tuple[jax.Array, tuple]:
     """The sum, and its gradients as if one more of it were worth 1."""
 
-    def of_block(carry: tuple, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
+    def of_block(carry: tuple, block: Rows) -> tuple[tuple, jax.Array]:
         total, gradients = carry
         loss, pullback = _block_loss(block, tables, first, config, axes)
         dx, *more = pullback()
@@ -100,14 +101,15 @@ def _backward(config: ModelConfig, axes: tuple[str, ...], saved: tuple, scale: j
 _weighted_sum.defvjp(_forward, _backward)
 
 
-def _blocks(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+def _blocks(rows: Rows) -> Rows:
     """The tokens in blocks, the last one filled up with tokens of weight 0."""
     count = -(-rows[0].shape[0] // BLOCK)
     size = -(-rows[0].shape[0] // count)
-    return tuple(pad_axis(a, 0, count * size).reshape(count, size, *a.shape[1:]) for a in rows)
+    x, targets, weights = (pad_axis(a, 0, count * size).reshape(count, size, *a.shape[1:]) for a in rows)
+    return x, targets, weights
 
 
-def _block_loss(block: tuple, tables: Head, first: jax.Array, config: ModelConfig, axes: tuple[str, ...]):
+def _block_loss(block: Rows, tables: Head, first: jax.Array, config: ModelConfig, axes: tuple[str, ...]):
     """The block's loss, and a function that gives its gradients in x, head and bias."""
     (x, targets, weights), (head, bias) = block, tables
     products = linear(x, head, transposed=True, out_dtype=jnp.float32)

@@ -48,6 +48,7 @@ class TrainState:
 
 def _master(p: jax.Array) -> jax.Array:
     """In f32, its sharding spelled as compiled programs spell their results', lest the second step compile anew."""
+    assert isinstance(p.sharding, NamedSharding)
     spec = list(p.sharding.spec)
     while spec and spec[-1] is None:
         spec.pop()
