@@ -71,6 +71,16 @@ def test_equals_a_loop(rows, sizes):
     check(rows, sizes)
 
 
+@pytest.mark.parametrize(("first", "sizes"), [(0, [3, 0]), (1, [2, 5]), (2, [1, 4]), (0, [2, 0, 1, 3])])
+def test_a_slice_of_the_groups_is_named_and_not_cut_out(first, sizes):
+    rng = np.random.default_rng(first)
+    x, w, dy = normal(rng, 9, INNER), normal(rng, 4, INNER, OUTER), normal(rng, 9, OUTER)
+    want = by_rows(x, w, np.pad(sizes, (first, 4 - first - len(sizes))), dy)
+    y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes, jnp.int32), first), x, w)
+    for name, a, b in zip(("y", "dx", "dw"), (y, *pullback(dy)), want, strict=True):
+        assert relative(a, b) < 1e-5, name
+
+
 @pytest.mark.parametrize("garbage", [np.inf, -np.inf, np.nan, 3e38])
 def test_rows_past_the_last_group_may_hold_anything(garbage):
     check(13, [3, 0, 2, 4], garbage)
