@@ -16,19 +16,19 @@ BEST = -1
 
 def products(
     x: Float[Array, "M K"],
-    w: Float[Array, "G K N"] | PackedMatrix,
+    w: Float[Array, "_ _ _"] | PackedMatrix,
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
     out_dtype: DTypeLike,
     group_axis: int = 0,
     isa: int = BEST,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M _"]:
     """`y[i] = x[i] @ w[g]` for each row i of group g, accumulated in float32; rows past the last group give zeros.
 
     Args:
       x: rows sorted by group, float32 or bfloat16.
-      w: one matrix a group, of x's dtype, or packed.
+      w: `[G, K, N]`, one matrix a group, of x's dtype; or packed.
       group_sizes: rows of each group, int32.
       transposed: w is `[G, N, K]`.
       out_dtype: float32 or bfloat16.
@@ -68,16 +68,12 @@ def weight_gradient(
     return _call("moejax_weight_gradient", shape, out_dtype, x, dy, group_sizes, isa=isa)
 
 
-def _call(
-    handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int
-) -> jax.Array:
+def _call(handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int) -> jax.Array:
     """Inside shard_map the result differs along every axis along which an operand does."""
     operands = tuple(varying_as(operand, *operands) for operand in operands)
     kind = jax.typeof(operands[0])
     # JAX takes the mark of what differs only beside the mesh that it refers to.
     sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None
-    result = jax.ShapeDtypeStruct(
-        shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type
-    )
+    result = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type)
     numbers = {name: value if isinstance(value, bool) else np.int64(value) for name, value in attributes.items()}
     return jax.ffi.ffi_call(handler, result)(*operands, **numbers)
