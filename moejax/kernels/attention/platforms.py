@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from moejax.kernels import native
 from moejax.kernels.attention import blockwise, triton
 from moejax.kernels.attention.sight import Keys, Queries
+from moejax.kernels.device import DTYPES
 from moejax.sharding import varying_as
 
 Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
@@ -64,11 +66,26 @@ def _forward(
     operands = (q, k, v, sinks, queries, keys)
     out, logs = lax.platform_dependent(
         *operands,
-        cpu=functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
+        cpu=functools.partial(_on_cpu, scale=scale),
         cuda=functools.partial(triton.forward, scale=scale),
         default=functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
     )
     return out, (*operands, out, logs)
+
+
+def _on_cpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    queries: Queries,
+    keys: Keys,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    if q.dtype in DTYPES["cpu"] and native.available():
+        return native.attend(q, k, v, sinks, queries, keys, scale=scale)
+    return blockwise.forward(q, k, v, sinks, queries, keys, scale=scale, dtype=jnp.float32)
 
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:

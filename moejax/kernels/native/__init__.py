@@ -4,7 +4,7 @@ XLA:CPU multiplies groups by a dense expansion and bfloat16 vectors at a twentie
 handlers read each matrix that has rows once, and share their work through XLA's own threads.
 """
 
-from moejax.kernels.native.calls import products, weight_gradient
+from moejax.kernels.native.calls import attend, products, put, take, weight_gradient
 from moejax.kernels.native.library import available
 
-__all__ = ["available", "products", "weight_gradient"]
+__all__ = ["attend", "available", "products", "put", "take", "weight_gradient"]

@@ -21,6 +21,7 @@ namespace moejax::avx512 {
 #define MOEJAX_ROWS 6
 #define MOEJAX_SPLATS 16
 #include "vectors.h"
+#include "softmax.h"
 
 // Sixteen floats made of sixteen bfloat16.
 struct WidenedRows {
@@ -106,6 +107,9 @@ constexpr Isa MakeIsa() {
   isa.transpose = TransposeBlocks;
   isa.widen = Widen;
   isa.narrow = Narrow;
+  isa.mask = Mask;
+  isa.powers = Powers;
+  isa.fade_add = FadeAdd;
   isa.unpack_mxfp4 = UnpackBlocks;
   return isa;
 }
