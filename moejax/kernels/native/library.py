@@ -17,13 +17,6 @@ HANDLERS = (
     "moejax_take",
     "moejax_put",
 )
-    "moejax_products",
-    "moejax_packed_products",
-    "moejax_weight_gradient",
-    "moejax_attend",
-    "moejax_take",
-    "moejax_put",
-)
 
 
 def available() -> bool:
