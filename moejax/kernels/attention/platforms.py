@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moejax.kernels.attention import blockwise, triton
+from moejax.kernels.attention import blockwise, native, triton
 from moejax.kernels.attention.sight import Keys, Queries
 from moejax.sharding import varying_as
 
@@ -64,11 +64,18 @@ def _forward(
     operands = (q, k, v, sinks, queries, keys)
     out, logs = lax.platform_dependent(
         *operands,
-        cpu=functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
+        cpu=functools.partial(_forward_on_cpu, scale),
         cuda=functools.partial(triton.forward, scale=scale),
         default=functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
     )
     return out, (*operands, out, logs)
+
+
+def _forward_on_cpu(scale: float, q: jax.Array, *operands) -> tuple[jax.Array, jax.Array]:
+    queries = operands[3]
+    if native.suits(q, queries):
+        return native.forward(q, *operands, scale=scale)
+    return blockwise.forward(q, *operands, scale=scale, dtype=jnp.float32)
 
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:

@@ -9,7 +9,7 @@ import jax
 
 from moejax.kernels.native import build
 
-HANDLERS = ("moejax_products", "moejax_packed_products", "moejax_weight_gradient")
+HANDLERS = ("moejax_products", "moejax_packed_products", "moejax_weight_gradient", "moejax_attention")
 
 
 def available() -> bool:

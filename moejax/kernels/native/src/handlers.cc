@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "attention.h"
 #include "block.h"
 #include "isas.h"
 #include "share.h"
@@ -129,6 +130,39 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
+ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::S32> last,
+                     ffi::Buffer<ffi::S32> places, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::Buffer<ffi::F32>> logs, float scale, int64_t isa) {
+  auto rows = q.dimensions()[0], queries = q.dimensions()[1], heads = q.dimensions()[2];
+  auto groups = k.dimensions()[1], keys = k.dimensions()[2], width = k.dimensions()[3], value = v.dimensions()[3];
+  AttentionArrays arrays{static_cast<const char*>(q.untyped_data()),
+                         static_cast<const char*>(k.untyped_data()),
+                         static_cast<const char*>(v.untyped_data()),
+                         sinks.typed_data(),
+                         first.typed_data(),
+                         last.typed_data(),
+                         places.typed_data(),
+                         static_cast<char*>(out->untyped_data()),
+                         logs->typed_data(),
+                         TypeOf(q.element_type()),
+                         queries, heads, groups, keys, width, value, scale};
+  std::vector<AttentionTask> tasks;
+  int64_t ranks = queries * arrays.Sharing();
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t rank = 0; rank < ranks; rank += kRanks)
+        tasks.push_back({row, group, rank, std::min(kRanks, ranks - rank)});
+  const Isa& chosen = IsaAt(isa);
+  auto work = [&chosen, arrays, tasks](int64_t i) {
+    thread_local AttentionScratch scratch;
+    HeadAttention(chosen, arrays, tasks[i], scratch).Run();
+  };
+  double read = static_cast<double>(rows) * groups * keys * (width + value);
+  ShareTasks(pool, static_cast<int64_t>(tasks.size()), WorthSharing(read * ranks, read * SizeOf(arrays.type)), work);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -162,6 +196,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_weight_gradient, WeightGradient,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
                                   .Attr<int64_t>("isa"));
 
 // Writes the usable instruction sets, the best last, and after a semicolon those that failed their check.
