@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moejax.kernels import native
@@ -35,12 +37,16 @@ def forward(
     """What `blockwise.forward` returns, from the same arguments; tests choose an instruction set by its index `isa`."""
     heads = q.shape[2]
     sinks = jnp.full((heads,), LOW) if sinks is None else sinks.astype(jnp.float32)
-    kind = jax.typeof(q).manual_axis_type
-    results = (
-        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype, manual_axis_type=kind),
-        jax.ShapeDtypeStruct(q.shape[:3], jnp.float32, manual_axis_type=kind),
-    )
+    results = _result((*q.shape[:3], v.shape[3]), v.dtype, q), _result(q.shape[:3], jnp.float32, q)
     call = jax.ffi.ffi_call("moejax_attention", results)
     operands = (q, k, v, varying_as(sinks, q), queries.first, queries.last, keys.places)
     out, logs = call(*operands, scale=np.float32(scale), isa=np.int64(isa))
     return out, logs
+
+
+def _result(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A result that inside shard_map differs along the axes along which `like` does."""
+    kind = jax.typeof(like)
+    # JAX takes the mark of what differs only beside the mesh that it refers to.
+    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind.manual_axis_type)
