@@ -109,8 +109,12 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
 
 def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
     """The decoder's structure, and the shape, dtype and sharding of each parameter, without making any of them."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, state = nnx.split(decoder)
+    return abstract(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype), mesh)
+
+
+def abstract(module: Callable[[], nnx.Module], mesh: Mesh) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
+    """The same of what `module` would make."""
+    graph, state = nnx.split(nnx.eval_shape(module))
     leaves = {
         path: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.get_metadata()["out_sharding"])

@@ -1,7 +1,6 @@
 """The decoder: embedding, layers, head. Pure computation on a mesh; files, text and loops are elsewhere."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
@@ -126,6 +125,20 @@ class Decoder(nnx.Module):
         hidden_states: bool = False,
     ) -> Forward:
         """Logits of whole sequences. B is `lie.rows`; segment 0 is padding, positions feed the rotary embedding."""
+        states, details = self.hidden_states(tokens, segments, positions, lie)
+        sparse = [d for d in details if d is not None]
+        return Forward(
+            logits=self._logits(states[-1], lie),
+            router_logits=tuple(_flat(d.router_logits) for d in sparse) if router_logits else (),
+            routed_experts=tuple(_flat(d.routing.experts) for d in sparse) if router_logits else (),
+            hidden_states=states if hidden_states else (),
+            dropped=_dropped(details),
+        )
+
+    def hidden_states(
+        self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], positions: Int[Array, "B S"], lie: Lie
+    ) -> tuple[tuple[Float[Array, "B S D"], ...], list[MoEDetails | None]]:
+        """The embeddings and each layer's output, the last one after the final norm; each layer's details."""
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         places = Places.of(self.config, positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []
@@ -134,58 +147,46 @@ class Decoder(nnx.Module):
             x, detail = layer(x, places, segments, lie.stream, lie.parallel)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
-        x = self.norm(x)
-        sparse = [d for d in details if d is not None]
-        return Forward(
-            logits=self._logits(x, lie),
-            router_logits=tuple(_flat(d.router_logits) for d in sparse) if router_logits else (),
-            routed_experts=tuple(_flat(d.routing.experts) for d in sparse) if router_logits else (),
-            hidden_states=(*states, x) if hidden_states else (),
-            dropped=_dropped(details),
-        )
+        return (*states, self.norm(x)), details
 
-    def prefill(
-        self, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], max_len: int, lie: Lie
-    ) -> tuple[Float[Array, "B V"], tuple[Cache, ...], Int[Array, ""]]:
-        """The logits after each right-padded prompt, a cache with room for `max_len` tokens, and dropped pairs."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        places = Places.of(self.config, positions, lengths)
-        last = jnp.maximum(lengths - 1, 0)
+    def head(self) -> tuple[Float[Array, "Vp D"], Float[Array, " Vp"] | None]:
+        """The table that gives logits, which may be the embedding's, and their bias."""
+        table = self.embed if self.lm_head is None else self.lm_head
+        return table[...], None if self.lm_head_bias is None else self.lm_head_bias[...]
 
-        def run(layer: Block, x: jax.Array) -> tuple[jax.Array, Cache, MoEDetails | None]:
-            return layer.prefill(x, places, lengths, max_len, lie.stream, lie.parallel)
+    def empty_caches(self, max_len: int, lie: Lie) -> tuple[Cache, ...]:
+        """A cache of no tokens for each layer, with room for `max_len` in a row."""
+        return tuple(layer.empty_cache(lie.rows, max_len, lie.stream) for layer in self.layers)
 
-        x, caches, dropped = self._through(self._embed(tokens, lie), [run] * len(self.layers), lie)
-        x = jnp.take_along_axis(x, last[:, None, None], 1)
-        return self._logits(self.norm(x), lie)[:, 0], caches, dropped
-
-    def decode(
+    def extend(
         self,
-        tokens: Int[Array, " B"],
-        positions: Int[Array, " B"],
-        active: Bool[Array, " B"],
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        lengths: Int[Array, " B"],
         caches: tuple[Cache, ...],
         lie: Lie,
     ) -> tuple[Float[Array, "B V"], tuple[Cache, ...], Int[Array, ""]]:
-        """The logits after one more token a row, at `positions`; rows that are not active are routed nowhere."""
-        places = Places.of(self.config, positions[:, None], positions + 1)
+        """Runs S more tokens a row over the caches of those before: a chunk of the prompts, or one token to decode.
 
-        def step(cache: Cache) -> Callable[[Block, jax.Array], tuple[jax.Array, Cache, MoEDetails | None]]:
-            return lambda layer, x: layer.decode(x, places, positions, active, cache, lie.stream, lie.parallel)
+        Args:
+          tokens: padding may be anything.
+          positions: those that follow on the row's cache; -1 is padding, which only follows a row's tokens.
+          lengths: of the row that the tokens belong to, later chunks of it included; some rotary tables follow it.
+          caches: from `empty_caches` or the last call.
 
-        x, new, dropped = self._through(self._embed(tokens[:, None], lie), [step(cache) for cache in caches], lie)
-        return self._logits(self.norm(x), lie)[:, 0], new, dropped
-
-    def _through(
-        self, x: jax.Array, steps: list[Callable[[Block, jax.Array], tuple]], lie: Lie
-    ) -> tuple[jax.Array, tuple[Cache, ...], jax.Array]:
-        caches, details = [], []
-        for layer, step in zip(self.layers, steps, strict=True):
-            x, cache, detail = step(layer, x)
+        Returns:
+          The logits after each row's last token here (of no meaning for a row of padding), the caches, dropped pairs.
+        """
+        places = Places.of(self.config, positions, lengths)
+        x, new, details = self._embed(tokens, lie), [], []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache, detail = layer.extend(x, places, cache, lie.stream, lie.parallel)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
-            caches.append(cache)
+            new.append(cache)
             details.append(detail)
-        return x, tuple(caches), _dropped(details)
+        last = jnp.maximum((positions >= 0).sum(1, dtype=jnp.int32) - 1, 0)
+        x = jnp.take_along_axis(x, last[:, None, None], 1)
+        return self._logits(self.norm(x), lie)[:, 0], tuple(new), _dropped(details)
 
     def _embed(self, tokens: jax.Array, lie: Lie) -> jax.Array:
         with jax.named_scope("embed"):
@@ -196,10 +197,9 @@ class Decoder(nnx.Module):
     def _logits(self, x: jax.Array, lie: Lie) -> jax.Array:
         config = self.config
         with jax.named_scope("lm_head"):
-            head = self.embed if self.lm_head is None else self.lm_head
-            logits = head_logits(x, head[...], config.vocab_size, lie.stream)
-            bias = None if self.lm_head_bias is None else self.lm_head_bias[...][: config.vocab_size]
-            return finished_logits(logits, bias, config)
+            head, bias = self.head()
+            logits = head_logits(x, head, config.vocab_size, lie.stream)
+            return finished_logits(logits, None if bias is None else bias[: config.vocab_size], config)
 
 
 def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | None, config: ModelConfig) -> jax.Array:

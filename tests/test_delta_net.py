@@ -13,7 +13,7 @@ from moe_cases import compiled, normal, relative
 from moejax.config import DeltaNetConfig, NormConfig
 from moejax.nn.delta_net import KEY_HEADS, VALUE_HEADS, DeltaNet
 from moejax.nn.heads import head_layout
-from moejax.nn.places import Places
+from moejax.nn.places import Places, chunk_positions
 from moejax.nn.stream import Stream
 from moejax.verification.delta_net import delta_net_reference
 
@@ -98,19 +98,23 @@ def inputs(seed=1):
 
 @pytest.mark.parametrize(("spec", "config", "cut"), CASES)
 def test_equals_one_device(mesh, spec, config, cut):
-    """Packed and padded sequences; then a prefill of ragged rows and two decoded tokens."""
+    """Packed and padded sequences; then a prefill of ragged rows in two chunks and two decoded tokens."""
     axes, numbers, x = mesh(spec), canonical(config), inputs()
     (graph, state), stream = layer_on(axes, config, numbers), Stream(axes, cut)
 
     def everything(state, x, segments, lengths):
         layer, steps = nnx.merge(graph, state), []
         whole = layer(x, no_places(x), segments, stream)
-        out, cache = layer.prefill(x[:, :5], no_places(x[:, :5]), lengths, LENGTH, stream)
+        cache, outs = layer.empty_cache(BATCH, LENGTH, stream), []
+        for first, last in ((0, 3), (3, 5)):
+            places = Places(chunk_positions(first, last - first, lengths), {})
+            out, cache = layer.extend(x[:, first:last], places, cache, stream)
+            outs.append(out)
         for past in (lengths, lengths + 1):
             one = jnp.take_along_axis(x, past[:, None, None], 1)
-            step, cache = layer.decode(one, no_places(one), past, cache, stream)
+            step, cache = layer.extend(one, no_places(one), cache, stream)
             steps.append(step)
-        return whole, out, jnp.concatenate(steps, 1), cache
+        return whole, jnp.concatenate(outs, 1), jnp.concatenate(steps, 1), cache
 
     whole, out, steps, cache = compiled(everything)(state, x, jnp.asarray(SEGMENTS), jnp.asarray(LENGTHS))
     want = reference(config)(numbers, x, jnp.asarray(SEGMENTS))
@@ -255,11 +259,11 @@ def test_equals_transformers(mesh, family):
             steps.append(layer(part, cache_params=cache).numpy())
 
     def ours(state, x):
-        layer, five = nnx.merge(graph, state), jnp.full(BATCH, 5, jnp.int32)
+        layer = nnx.merge(graph, state)
         whole = layer(x, no_places(x), jnp.asarray(mask), stream)
-        y, cache = layer.prefill(x[:, :5], no_places(x), five, LENGTH, stream)
-        z, cache = layer.decode(x[:, 5:6], no_places(x), five, cache, stream)
-        last, _ = layer.decode(x[:, 6:], no_places(x), five + 1, cache, stream)
+        y, cache = layer.extend(x[:, :5], no_places(x[:, :5]), layer.empty_cache(BATCH, LENGTH, stream), stream)
+        z, cache = layer.extend(x[:, 5:6], no_places(x[:, 5:6]), cache, stream)
+        last, _ = layer.extend(x[:, 6:], no_places(x[:, 6:]), cache, stream)
         return whole, jnp.concatenate([y, z, last], 1)
 
     whole, parts = compiled(ours)(state, x)

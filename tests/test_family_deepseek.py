@@ -15,8 +15,9 @@ from moejax.checkpoint.safetensors import DTYPES, ENCODED
 from moejax.config import LatentAttentionConfig, MoEConfig, NormConfig, RopeConfig, RouterConfig
 from moejax.errors import MoejaxError
 from moejax.families import family_of, read_config, unknown_fields
-from moejax.inference.engine import Draw, Engine
+from moejax.inference.engine import Engine
 from moejax.inference.sampling import Filters
+from moejax.inference.steps import Draw
 from moejax.opening import checkpoint_plan
 from moejax.quantization import fp8
 
@@ -230,9 +231,9 @@ def test_caches_hold_one_latent_a_token_and_layer(kimi):
         assert len(engine._step.caches) == 2
         for cache in engine._step.caches:
             (kept,) = vars(cache).values()
-            assert kept.nbytes == 2 * 32 * LATENT * 2
+            assert kept.nbytes == 2 * model.config.context * LATENT * 2
             assert {shard.data.nbytes for shard in kept.addressable_shards} == {kept.nbytes // 2}
-        engine.step(np.ones(2, bool))
+        engine.step(np.ones(2, np.int32))
 
 
 @pytest.mark.parity

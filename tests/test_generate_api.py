@@ -17,9 +17,10 @@ from tiny import CONFIGS, write_checkpoint
 
 import moejax
 from moejax.inference import generate as module
-from moejax.inference.engine import Draw, Engine
+from moejax.inference.engine import Engine
 from moejax.inference.generate import Timing
 from moejax.inference.sampling import Filters
+from moejax.inference.steps import Draw
 
 DEMO = Path(moejax.__file__).parent / "demo"
 CONTEXT = 16
@@ -154,7 +155,7 @@ def test_the_same_tokens_on_every_mesh(mesh, folder, greedy, sampled, spec, stra
             np.testing.assert_allclose(out.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
     assert timing.dropped == 0
     # What a step leaves lies as it found it, so that one program serves all steps.
-    assert len(parallel.programs) == 2
+    assert len(parallel.programs) == 3
 
 
 def first_new(found: list[int]) -> int:
@@ -344,11 +345,12 @@ def test_rings_hold_their_window_and_decode_past_it(mesh, tmp_path, name):
         row[: len(prompt)] = prompt
     engine.start(rows, np.array([3, 31]), 0, 31 + 33 - 1)
     caches = engine._step.caches
-    assert [cache.k.shape[2] for cache in caches] == [layer.mixer.window or 64 for layer in model.config.layers]
+    places = [layer.mixer.window or model.config.context for layer in model.config.layers]
+    assert [cache.k.shape[2] for cache in caches] == places
     assert all(cache.k.shape == cache.v.shape for cache in caches)
     # A step consumes the caches: they are updated in place, not copied.
-    new, _, _ = engine.step(np.array([True, True]))
-    assert new.tolist() == [out.tokens[1] for out in outs]
+    new, _, _ = engine.step(np.array([32, 32], np.int32))
+    assert new.tolist() == [[out.tokens[1] for out in outs]]
     assert all(cache.k.is_deleted() and cache.v.is_deleted() for cache in caches)
     assert engine.compile_s == 0
 

@@ -1,4 +1,7 @@
-"""grouped_matmul against a loop over rows: values and both gradients; packed matrices against the same dense ones."""
+"""grouped_matmul against a loop over rows: values and both gradients; packed matrices against the same dense ones.
+
+All of it by what CPUs run and by XLA alone.
+"""
 
 import math
 import re
@@ -7,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_cases import by_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from moe_cases import compiled, normal, relative
 
+from moejax.kernels import native
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.kernels.tile_loop import LARGEST_TILE
 from moejax.quantization.mxfp4 import pack, unpack_host
@@ -20,14 +25,14 @@ from moejax.quantization.packed import PackedMatrix
 INNER, OUTER = 5, 7
 
 
-def by_rows(x, w, sizes, dy):
-    """y, dx and dw, one row at a time in float64."""
-    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
-    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
-    for row, group in enumerate(np.repeat(np.arange(len(w)), sizes)):
-        y[row], dx[row] = x[row] @ w[group], dy[row] @ w[group].T
-        dw[group] += np.outer(x[row], dy[row])
-    return y, dx, dw
+@pytest.fixture(params=["native", "tile loop"], autouse=True)
+def implementation(request, monkeypatch):
+    if request.param == "tile loop":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("no C++ compiler here")
+    for function in (with_gradients, with_input_gradient):
+        function.clear_cache()  # what was traced for the other one
 
 
 @compiled
@@ -64,6 +69,16 @@ def check(rows, sizes, garbage=0.0):
 )
 def test_equals_a_loop(rows, sizes):
     check(rows, sizes)
+
+
+@pytest.mark.parametrize(("first", "sizes"), [(0, [3, 0]), (1, [2, 5]), (2, [1, 4]), (0, [2, 0, 1, 3])])
+def test_a_slice_of_the_groups_is_named_and_not_cut_out(first, sizes):
+    rng = np.random.default_rng(first)
+    x, w, dy = normal(rng, 9, INNER), normal(rng, 4, INNER, OUTER), normal(rng, 9, OUTER)
+    want = by_rows(x, w, np.pad(sizes, (first, 4 - first - len(sizes))), dy)
+    y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes, jnp.int32), first), x, w)
+    for name, a, b in zip(("y", "dx", "dw"), (y, *pullback(dy)), want, strict=True):
+        assert relative(a, b) < 1e-5, name
 
 
 @pytest.mark.parametrize("garbage", [np.inf, -np.inf, np.nan, 3e38])
@@ -122,16 +137,25 @@ def with_input_gradient(x, w, sizes, dy):
 @pytest.mark.parametrize(
     ("rows", "sizes"), [(4, [1, 0, 2, 1]), (12, [3, 0, 5, 2]), (3, [0, 0, 0, 0]), (150, [130, 5, 0, 15])]
 )
-def test_packed_matrices_are_exact(dtype, rows, sizes):
-    """The gradient sums in the order of the bytes, which is not that of the dense matrix."""
+def test_packed_matrices_are_their_dense_ones(dtype, rows, sizes):
+    """Sums may run in the order of the bytes, which is not that of the dense matrix."""
     rng = np.random.default_rng(0)
     packed, dense = packed_stack(4, 64, 24)
     x, dy = normal(rng, rows, 64).astype(dtype), normal(rng, rows, 24).astype(dtype)
-    y, dx = with_input_gradient(x, packed, jnp.array(sizes, jnp.int32), dy)
-    want, dx_want = with_input_gradient(x, dense.astype(dtype), jnp.array(sizes, jnp.int32), dy)
-    assert y.dtype == dx.dtype == dtype
-    np.testing.assert_array_equal(y, want)
-    assert relative(dx.astype(jnp.float32), dx_want.astype(jnp.float32)) < (1e-6 if dtype == jnp.float32 else 2**-8)
+    got = with_input_gradient(x, packed, jnp.array(sizes, jnp.int32), dy)
+    want = with_input_gradient(x, dense.astype(dtype), jnp.array(sizes, jnp.int32), dy)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype
+        assert relative(a.astype(jnp.float32), b.astype(jnp.float32)) < (1e-6 if dtype == jnp.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_packed_matrices_are_unpacked_exactly(dtype):
+    """Rows with a single 1 give the matrices' own rows back, in a product of few rows and in one of many."""
+    packed, dense = packed_stack(2, 64, 24)
+    rows = jnp.concatenate([jnp.eye(64, dtype=dtype), jnp.eye(3, 64, 5, dtype=dtype)])
+    y, _ = with_input_gradient(rows, packed, jnp.array([64, 3], jnp.int32), jnp.ones((67, 24), dtype))
+    np.testing.assert_array_equal(y, jnp.concatenate([dense[0], dense[1, 5:8]]).astype(dtype))
 
 
 def test_packed_without_rows():

@@ -15,7 +15,7 @@ from moejax.config import AttentionConfig, NormConfig, RopeConfig
 from moejax.nn.attention import KV_HEADS, QUERY_HEADS, Attention
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
-from moejax.nn.places import Places
+from moejax.nn.places import Places, chunk_positions
 from moejax.nn.rope import rope_tables
 from moejax.nn.stream import Stream
 
@@ -110,7 +110,7 @@ def attention_on(axes, config):
 
 @functools.cache
 def run(axes, config, cut):
-    """Whole sequences; then a prefill of ragged rows and one decoded token."""
+    """Whole sequences; then a prefill of ragged rows in two chunks and one decoded token."""
     if config.chunk is None:
         config = dataclasses.replace(config, window=4)
     (graph, state), stream = attention_on(axes, config), Stream(axes, cut)
@@ -125,10 +125,14 @@ def run(axes, config, cut):
         layer = nnx.merge(graph, state)
         places = jnp.broadcast_to(jnp.arange(LENGTH + 2, dtype=jnp.int32), x.shape[:2])
         whole = layer(x, at(places), jnp.asarray(segments), stream)
-        out, cache = layer.prefill(x[:, :LENGTH], at(places[:, :LENGTH]), lengths, ROOM, stream)
+        cache, outs = layer.empty_cache(BATCH, ROOM, stream), []
+        for first, last in ((0, 3), (3, LENGTH)):
+            where = at(chunk_positions(first, last - first, lengths))
+            out, cache = layer.extend(x[:, first:last], where, cache, stream)
+            outs.append(out)
         one = jnp.take_along_axis(x, lengths[:, None, None], 1)
-        step, cache = layer.decode(one, at(lengths[:, None]), lengths, cache, stream)
-        return whole, out, step, cache
+        step, cache = layer.extend(one, at(lengths[:, None]), cache, stream)
+        return whole, jnp.concatenate(outs, 1), step, cache
 
     return compiled(everything)(state, x, lengths), nnx.merge(graph, state).share(stream), stream
 
@@ -162,10 +166,9 @@ def test_decoded_tokens_equal_the_whole_sequence(mesh):
     def both(state):
         layer = nnx.merge(graph, state)
         whole = layer(x, at(0, 6), jnp.ones((1, 6), jnp.int32), stream)
-        four = jnp.array([4], jnp.int32)
-        _, cache = layer.prefill(x[:, :4], at(0, 4), four, 6, stream)
-        y, cache = layer.decode(x[:, 4:5], at(4, 5), four, cache, stream)
-        z, _ = layer.decode(x[:, 5:], at(5, 6), four + 1, cache, stream)
+        _, cache = layer.extend(x[:, :4], at(0, 4), layer.empty_cache(1, 6, stream), stream)
+        y, cache = layer.extend(x[:, 4:5], at(4, 5), cache, stream)
+        z, _ = layer.extend(x[:, 5:], at(5, 6), cache, stream)
         return whole[:, 4:], jnp.concatenate([y, z], 1)
 
     assert relative(*both(state)) < 1e-5

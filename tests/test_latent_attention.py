@@ -17,7 +17,7 @@ from moe_cases import FAST, compiled, normal, relative
 from moejax.config import LatentAttentionConfig, NormConfig, RopeConfig
 from moejax.nn.latent_attention import HEADS, LatentAttention
 from moejax.nn.latent_cache import LatentCache
-from moejax.nn.places import Places
+from moejax.nn.places import Places, chunk_positions
 from moejax.nn.rope import rope_tables
 from moejax.nn.stream import Stream
 from moejax.planning.collectives import collectives
@@ -123,7 +123,7 @@ def references(config):
 
 @pytest.mark.parametrize(("spec", "config", "cut"), CASES)
 def test_equals_the_reference(mesh, spec, config, cut):
-    """Packed segments each as if alone; a ragged prefill and the tokens after it as in one piece."""
+    """Packed segments each as if alone; a ragged prefill in two chunks and the tokens after it as in one piece."""
     axes = mesh(spec)
     (graph, state), stream = laid_out(axes, config, weights(config)), Stream(axes, cut)
 
@@ -132,13 +132,17 @@ def test_equals_the_reference(mesh, spec, config, cut):
         layer = nnx.merge(graph, state)
         restarted = jnp.asarray([[0, 1, 2, 0, 1, 2, 0]] * BATCH, jnp.int32)
         packed = layer(x, places_of(config, restarted), jnp.asarray(SEGMENTS), stream)
-        out, cache = layer.prefill(x[:, :LENGTH], counted(config, BATCH, LENGTH), lengths, ROOM, stream)
+        cache, outs = layer.empty_cache(BATCH, ROOM, stream), []
+        for first, last in ((0, 3), (3, LENGTH)):
+            places = places_of(config, chunk_positions(first, last - first, lengths))
+            out, cache = layer.extend(x[:, first:last], places, cache, stream)
+            outs.append(out)
         steps = []
         for positions in (lengths, lengths + 1):
             one = jnp.take_along_axis(x, positions[:, None, None], 1)
-            y, cache = layer.decode(one, places_of(config, positions[:, None]), positions, cache, stream)
+            y, cache = layer.extend(one, places_of(config, positions[:, None]), cache, stream)
             steps.append(y)
-        return packed, out, jnp.concatenate(steps, 1), cache
+        return packed, jnp.concatenate(outs, 1), jnp.concatenate(steps, 1), cache
 
     packed, out, steps, cache = everything(state, inputs(), LENGTHS)
     want, want_packed = map(np.asarray, references(config))
@@ -189,7 +193,7 @@ def decode_program(axes, config, cut):
 
     def step(state, x, positions, cache):
         places = places_of(config, positions[:, None])
-        return nnx.merge(graph, state).decode(x, places, positions, cache, stream)
+        return nnx.merge(graph, state).extend(x, places, cache, stream)
 
     cache = LatentCache(latent=jnp.zeros((BATCH, ROOM, config.kv_rank + config.rope.dim)))
     return jax.jit(step).lower(state, inputs()[:, :1], LENGTHS, cache)
@@ -214,10 +218,11 @@ def test_decode_writes_out_no_keys_or_values_of_the_context(mesh):
     (graph, state), stream = laid_out(axes, config, weights(config)), Stream(axes, False)
     x = jnp.zeros((BATCH, ROOM, WIDTH))
 
-    def prefill(state, x, lengths):
-        return nnx.merge(graph, state).prefill(x, counted(config, BATCH, ROOM), lengths, ROOM, stream)
+    def prefill(state, x):
+        layer = nnx.merge(graph, state)
+        return layer.extend(x, counted(config, BATCH, ROOM), layer.empty_cache(BATCH, ROOM, stream), stream)
 
-    found = written_out(jax.jit(prefill).lower(state, x, LENGTHS).as_text())
+    found = written_out(jax.jit(prefill).lower(state, x).as_text())
     assert {(BATCH, 8, ROOM, config.nope_dim + config.rope.dim), (BATCH, 8, ROOM, config.value_dim)} <= found
     assert not written_out(decode_program(axes, config, False).as_text())
 
@@ -232,8 +237,9 @@ def test_half_precision_rounds_decoded_tokens_no_worse_than_whole_sequences(mesh
     def both(state, x):
         layer = nnx.merge(graph, state)
         whole = layer(x, counted(config, *x.shape[:2]), jnp.ones(x.shape[:2], jnp.int32), stream)
-        _, cache = layer.prefill(x[:, :LENGTH], counted(config, BATCH, LENGTH), last, ROOM, stream)
-        step, cache = layer.decode(x[:, LENGTH : LENGTH + 1], places_of(config, last[:, None]), last, cache, stream)
+        cache = layer.empty_cache(BATCH, ROOM, stream)
+        _, cache = layer.extend(x[:, :LENGTH], counted(config, BATCH, LENGTH), cache, stream)
+        step, cache = layer.extend(x[:, LENGTH : LENGTH + 1], places_of(config, last[:, None]), cache, stream)
         assert step.dtype == cache.latent.dtype == jnp.bfloat16
         return whole[:, LENGTH : LENGTH + 1], step
 

@@ -146,19 +146,16 @@ def decode_step(batch, room=16):
     lie = lay(batch, model.mesh, Options())
     graph, state = model.split()
 
-    def prefill(state, tokens, lengths):
-        return nnx.merge(graph, state).prefill(tokens, lengths, room, lie)[1]
+    def decode(state, tokens, positions, lengths, caches):
+        return nnx.merge(graph, state).extend(tokens, positions, lengths, caches, lie)
 
-    def decode(state, tokens, positions, active, caches):
-        return nnx.merge(graph, state).decode(tokens, positions, active, caches, lie)
-
-    rows = model.put_rows(np.ones((batch, 8), np.int32), lie)
-    one = model.put_rows(np.full(batch, 8, np.int32), lie)
-    caches = jax.eval_shape(prefill, state, rows, one)
+    one = model.put_rows(np.full((batch, 1), 8, np.int32), lie)
+    lengths = model.put_rows(np.full(batch, 9, np.int32), lie)
+    caches = jax.eval_shape(lambda state: nnx.merge(graph, state).empty_caches(room, lie), state)
     share = model.decoder.layers[0].attention.share(lie.stream)
     sharding = NamedSharding(model.mesh, share.cache_spec)
     caches = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), caches)
-    lowered = jax.jit(decode).lower(state, one, one, model.put_rows(np.ones(batch, bool), lie), caches)
+    lowered = jax.jit(decode).lower(state, one, one, lengths, caches)
     return collectives(lowered.compile(FAST).as_text(), model.mesh), model.config
 
 

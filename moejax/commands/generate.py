@@ -15,7 +15,7 @@ from moejax.commands.common import add_mesh, add_model, add_strategy, base_parse
 from moejax.commands.session import agree_on, load_model, log, mesh_for
 from moejax.commands.transcript import Transcript, think
 from moejax.errors import MoejaxError
-from moejax.inference.engine import BUCKET
+from moejax.inference.engine import chunk_size
 from moejax.inference.generate import BATCH, Generation, Prompt, Timing, encode_prompts, generate, settle
 from moejax.language_model import LanguageModel
 from moejax.model import lay
@@ -95,8 +95,8 @@ def _generate(args: argparse.Namespace) -> int:
     for line in report_lines(model, together):
         log(line)
     if args.explain:
-        padded = -(-max(map(len, ids[:together])) // BUCKET) * BUCKET
-        for line in explain_lines(model, together, min(padded, model.config.context)):
+        chunk = chunk_size(max(map(len, ids[:together])), lay(together, mesh, model.options).rows)
+        for line in explain_lines(model, together, chunk):
             log(line)
     timing = Timing()
     outputs = _run(model, prompts, args, timing)

@@ -1,91 +1,54 @@
-"""Compiled prefill and decode for one batch of prompts."""
+"""Prefill and decode for one batch of prompts, as the host drives them."""
 
-import functools
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
 
 from moejax.distributed import replicated_to_host
-from moejax.inference.sampling import (
-    Filters,
-    logprobs_of,
-    mark_seen,
-    repetition_penalty,
-    request_keys,
-    sample,
-    seen_from_prompt,
-)
+from moejax.inference.steps import BLOCK, Draw, Drawn, Requests, Step, begin, decode, prefill
 from moejax.language_model import LanguageModel
-from moejax.model import Decoder, Lie, lay
-from moejax.nn.cache import Cache
-from moejax.sharding import place, round_up
+from moejax.model import lay
+from moejax.sharding import round_up
 
-BUCKET = 16
-"""Prompts are padded, and caches sized, to multiples of this, so that a new length seldom compiles anew."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """How the next token is drawn; static in compiled functions except for the seed."""
-
-    filters: Filters
-    penalty: float
-    logprobs: bool
-
-
-@struct.dataclass
-class Step:
-    """What one step leaves for the next, on the devices.
-
-    Attributes:
-      tokens: the newest token of each row.
-      positions: its position.
-      caches: one for each layer.
-      seen: tokens that the row holds, for the repetition penalty; None without one.
-    """
-
-    tokens: Int[Array, " B"]
-    positions: Int[Array, " B"]
-    caches: tuple[Cache, ...]
-    seen: Bool[Array, "B V"] | None
-
-
-@struct.dataclass
-class Drawn:
-    """What one step gives the host, the same on every device: new tokens, their log-probabilities, dropped pairs."""
-
-    tokens: Int[Array, " B"]
-    logprobs: Float[Array, " B"] | None
-    dropped: Int[Array, ""]
+CHUNK = 512
+"""The most tokens of a row that run at once in prefill."""
+CHUNK_TOKENS = 4096
+"""The most tokens of all rows together that do, as far as a chunk of LEAST_CHUNK allows: what bounds the memory."""
+LEAST_CHUNK = 16
+STREAM_S = 0.1
+"""Seconds between pieces of text."""
 
 
 class Engine:
-    """Runs one batch: `start` prefills and draws the first tokens, `step` draws one more for each row.
+    """Runs one batch: `start` prefills and draws the first tokens, `step` draws more for each row.
 
     Programs are compiled just before they first run, timed apart (`compile_s`), and kept by the model for batches of
     the same shape. What a step consumes is donated, so that caches are updated in place.
     """
 
-    def __init__(self, model: LanguageModel, batch: int, draw: Draw, seed: int):
-        """For `batch` prompts at once."""
+    def __init__(self, model: LanguageModel, batch: int, draw: Draw, seed: int, eos_ids: Sequence[int] = ()):
+        """For `batch` prompts at once, which end at `eos_ids`."""
         self.model, self.draw = model, draw
         self.lie = lay(batch, model.mesh, model.options)
         self.compile_s = 0.0
         self._batch = batch
         self._seed = jnp.asarray(np.uint32(seed))
+        # Filled up so that the number of ids does not shape the program.
+        eos = np.full(round_up(max(len(eos_ids), 1), 8), -1, np.int32)
+        eos[: len(eos_ids)] = eos_ids
+        self._eos = self._put(eos)
         self._graph, self._state = model.split()
 
     def start(
         self, tokens: Int[np.ndarray, "B S"], lengths: Int[np.ndarray, " B"], first_request: int, max_len: int
-    ) -> tuple[np.ndarray, np.ndarray | None, int]:
-        """Prefills right-padded prompts and draws the first token of each.
+    ) -> tuple[Int[np.ndarray, "1 B"], Float[np.ndarray, "1 B"] | None, int]:
+        """Prefills right-padded prompts, chunk by chunk, and draws the first token of each.
 
         Args:
           tokens: padded with anything.
@@ -94,26 +57,75 @@ class Engine:
           max_len: the longest row, prompt and continuation together.
 
         Returns:
-          New tokens `[B]`, their log-probabilities or None, pairs dropped by a capacity factor.
+          New tokens, their log-probabilities or None, pairs dropped by a capacity factor.
         """
-        size = min(_bucket(max_len), self.model.config.context)
-        padded = np.zeros((len(tokens), min(_bucket(tokens.shape[1]), self.model.config.context)), np.int32)
-        padded[:, : tokens.shape[1]] = tokens
-        requests = np.arange(len(tokens), dtype=np.int32) + np.int32(first_request)
-        rows = [self.model.put_rows(a, self.lie) for a in (padded, lengths.astype(np.int32), requests)]
-        self._requests = rows[2]
+        numbers = np.arange(len(tokens), dtype=np.int32) + np.int32(first_request)
+        rows = (self.model.put_rows(a, self.lie) for a in (lengths.astype(np.int32), numbers))
+        self._requests = Requests(*rows, self._seed, self._eos)
         self._decode: jax.stages.Compiled | None = None
-        arguments = (self._state, *rows, self._seed)
-        return self._run(self._program(_prefill, (self._graph, size, self.draw, self.lie), arguments), arguments)
+        self._budget = 1
+        size = min(cache_bucket(max_len), self.model.config.context)
+        arguments = (self._state, self._requests)
+        self._step: Step = self._program(begin, (self._graph, size, self.draw, self.lie), arguments)(*arguments)
+        return self._prefill(tokens)
 
-    def step(self, active: Bool[np.ndarray, " B"]) -> tuple[np.ndarray, np.ndarray | None, int]:
-        """Draws one more token for every row; rows that are not active are computed but go to no expert."""
-        on_device = self.model.put_rows(active, self.lie)
-        arguments = (self._state, self._step, on_device, self._requests, self._seed)
+    def _prefill(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
+        width = chunk_size(tokens.shape[1], self.lie.rows)
+        padded = np.zeros((len(tokens), round_up(tokens.shape[1], width)), np.int32)
+        padded[:, : tokens.shape[1]] = tokens
+        program, drawn = None, []
+        for first in range(0, padded.shape[1], width):
+            chunk = self.model.put_rows(padded[:, first : first + width], self.lie)
+            arguments = (self._state, self._step, chunk, self._put(np.int32(first)), self._requests)
+            program = program or self._program(prefill, (self._graph, self.draw, self.lie), arguments)
+            self._step, new = program(*arguments)
+            drawn.append(new)
+        new_tokens, logprobs, _ = self._to_host(drawn[-1])
+        return new_tokens, logprobs, sum(int(replicated_to_host(new.dropped)) for new in drawn)
+
+    def step(
+        self, left: Int[np.ndarray, " B"], most: int = BLOCK
+    ) -> tuple[Int[np.ndarray, "n B"], Float[np.ndarray, "n B"] | None, int]:
+        """Draws more tokens in one dispatch: 1 in the first after `start`, then ever twice as many, up to BLOCK.
+
+        They stay as few as about STREAM_S bring, so that a stream of text looks alive, and end when no row goes on.
+
+        Args:
+          left: tokens that each row may still draw; rows with 0, and from an end-of-sequence id on, are computed but go
+            to no expert, and what they draw has no meaning.
+          most: a bound on the tokens of a row.
+        """
+        began, compiled = time.perf_counter(), self.compile_s
+        new = self._draw(left, min(self._budget, most))
+        seconds = time.perf_counter() - began - (self.compile_s - compiled)
+        self._budget = max(1, min(2 * self._budget, BLOCK, int(STREAM_S / seconds * len(new[0]))))
+        return new
+
+    def _draw(self, left: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray | None, int]:
+        """Up to `budget` tokens a row; hosts measure for themselves, and the least of their budgets counts."""
+        devices = NamedSharding(self.model.mesh, PartitionSpec(self.model.mesh.axis_names))
+        mine = np.full(self.model.mesh.size, budget, np.int32)
+        budgets = jax.make_array_from_callback(mine.shape, devices, lambda index: mine[index])
+        arguments = (self._state, self._step, self.model.put_rows(left, self.lie), budgets, self._requests)
         # Looked up once: to hash a deep model's structure in every step costs as much as a small model's step.
         if self._decode is None:
-            self._decode = self._program(_decode, (self._graph, self.draw, self.lie), arguments)
-        return self._run(self._decode, arguments)
+            self._decode = self._program(decode, (self._graph, self.draw, self.lie), arguments)
+        self._step, drawn = self._decode(*arguments)
+        return self._to_host(drawn)
+
+    def _to_host(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray | None, int]:
+        count = int(replicated_to_host(drawn.count))
+        tokens, logprobs = (
+            None if a is None else replicated_to_host(a)[:count, : self._batch] for a in (drawn.tokens, drawn.logprobs)
+        )
+        assert tokens is not None
+        return tokens, logprobs, int(replicated_to_host(drawn.dropped))
+
+    def _put(self, value: np.ndarray | np.integer) -> jax.Array:
+        """The same value on every device."""
+        value = np.asarray(value)
+        sharding = NamedSharding(self.model.mesh, PartitionSpec())
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     def _program(self, function: Any, statics: tuple, arrays: tuple) -> jax.stages.Compiled:
         key = (function, statics, jax.tree.structure(arrays), *map(_signature, jax.tree.leaves(arrays)))
@@ -123,72 +135,21 @@ class Engine:
             self.compile_s += time.perf_counter() - began
         return self.model.programs[key]
 
-    def _run(self, program: jax.stages.Compiled, arrays: tuple) -> tuple[np.ndarray, np.ndarray | None, int]:
-        self._step, drawn = program(*arrays)
-        logprobs = None if drawn.logprobs is None else replicated_to_host(drawn.logprobs)[: self._batch]
-        return replicated_to_host(drawn.tokens)[: self._batch], logprobs, int(replicated_to_host(drawn.dropped))
+
+def chunk_size(longest: int, rows: int) -> int:
+    """Tokens of a row that run at once in prefill, a power of two; `longest` is that of the prompts."""
+    bound = min(CHUNK, CHUNK_TOKENS // rows)
+    return max(LEAST_CHUNK, min(_power_of_two(longest), 1 << max(bound, 1).bit_length() - 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _prefill(
-    graph: Any,
-    size: int,
-    draw: Draw,
-    lie: Lie,
-    state: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    requests: jax.Array,
-    seed: jax.Array,
-) -> tuple[Step, Drawn]:
-    decoder: Decoder = nnx.merge(graph, state)
-    logits, caches, dropped = decoder.prefill(tokens, lengths, size, lie)
-    seen = seen_from_prompt(tokens, lengths, logits.shape[-1]) if draw.penalty != 1 else None
-    return _draw(logits, lengths, caches, seen, requests, seed, dropped, draw, lie)
+def cache_bucket(length: int) -> int:
+    """Places of a cache for `length` tokens: four sizes an octave, so that a new length seldom compiles anew."""
+    return round_up(length, max(128, _power_of_two(length) // 8))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def _decode(
-    graph: Any,
-    draw: Draw,
-    lie: Lie,
-    state: Any,
-    step: Step,
-    active: jax.Array,
-    requests: jax.Array,
-    seed: jax.Array,
-) -> tuple[Step, Drawn]:
-    decoder: Decoder = nnx.merge(graph, state)
-    logits, caches, dropped = decoder.decode(step.tokens, step.positions, active, step.caches, lie)
-    return _draw(logits, step.positions + 1, caches, step.seen, requests, seed, dropped, draw, lie)
-
-
-def _draw(
-    logits: jax.Array,
-    positions: jax.Array,
-    caches: tuple[Cache, ...],
-    seen: jax.Array | None,
-    requests: jax.Array,
-    seed: jax.Array,
-    dropped: jax.Array,
-    draw: Draw,
-    lie: Lie,
-) -> tuple[Step, Drawn]:
-    """Draws the token at `positions` of each row from logits whose vocabulary is first put together."""
-    with jax.named_scope("sample"):
-        logits = place(logits, lie.stream.mesh, lie.stream.batch_spec)
-        scores = logits if seen is None else repetition_penalty(logits, seen, draw.penalty)
-        tokens = sample(scores, request_keys(seed, requests, positions), draw.filters)
-        logprobs = logprobs_of(logits, tokens) if draw.logprobs else None
-        seen = None if seen is None else mark_seen(seen, tokens)
-    everywhere = functools.partial(place, mesh=lie.stream.mesh, spec=PartitionSpec())
-    drawn = Drawn(everywhere(tokens), None if logprobs is None else everywhere(logprobs), dropped)
-    rows = functools.partial(place, mesh=lie.stream.mesh, spec=lie.stream.batch_spec)
-    return Step(rows(tokens), rows(positions), caches, None if seen is None else rows(seen)), drawn
-
-
-def _bucket(length: int) -> int:
-    return round_up(length, BUCKET)
+def _power_of_two(size: int) -> int:
+    """The least that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _signature(leaf: jax.Array) -> tuple:

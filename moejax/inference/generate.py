@@ -14,8 +14,9 @@ from moejax.errors import MoejaxError
 from moejax.inference.channels import Channels, ChannelStream, find_channels
 from moejax.inference.chat import find_template, render_chat
 from moejax.inference.detokenize import TextStream
-from moejax.inference.engine import Draw, Engine
+from moejax.inference.engine import Engine
 from moejax.inference.generation_config import SamplingParams, resolve_sampling
+from moejax.inference.steps import BLOCK, Draw
 from moejax.inference.tokenizer import Tokenizer, require
 from moejax.language_model import LanguageModel
 
@@ -79,6 +80,11 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return 0 if self.finish else self.room - len(self.tokens)
 
     def push(self, token: int, logprob: float | None) -> str:
         """Takes one more token; returns the text that it settles."""
@@ -283,29 +289,33 @@ def _run_batch(
     # The last token of a row is drawn but never run, so it needs no place in the cache.
     longest = max(len(row.prompt) + row.room - 1 for row in rows)
     draw = Draw(params.filters, params.repetition_penalty, params.logprobs)
-    engine = Engine(model, len(rows), draw, params.seed)
+    engine = Engine(model, len(rows), draw, params.seed, params.eos_ids)
 
     def accept(new: tuple[np.ndarray, np.ndarray | None, int]) -> int:
+        """Hands each row its tokens of one dispatch, step by step; returns how many were still wanted."""
         drawn, scores, dropped = new
         timing.dropped += dropped
-        live = [i for i, row in enumerate(rows) if row.finish is None]
-        for i in live:
-            text = rows[i].push(int(drawn[i]), None if scores is None else float(scores[i]))
-            if on_text and text:
-                on_text(first + i, text)
-        return len(live)
+        wanted = 0
+        for step in range(len(drawn)):
+            live = [i for i, row in enumerate(rows) if row.finish is None]
+            wanted += len(live)
+            for i in live:
+                text = rows[i].push(int(drawn[step, i]), None if scores is None else float(scores[step, i]))
+                if on_text and text:
+                    on_text(first + i, text)
+        return wanted
 
     began = time.perf_counter()
     accept(engine.start(*_rectangle(rows, longest), first, longest))
     compiled, prefilled = engine.compile_s, time.perf_counter()
     timing.first_s += prefilled - began - compiled
     while any(row.finish is None for row in rows):
-        active = np.array([row.finish is None for row in rows])
         if _outgrown(rows, model.config.recomputed_after):
-            timing.later_tokens += accept(engine.start(*_rectangle(rows, longest), first, longest))
+            new = engine.start(*_rectangle(rows, longest), first, longest)
         else:
-            timing.later_tokens += accept(engine.step(active))
-        timing.steps += 1
+            new = engine.step(np.array([row.left for row in rows], np.int32), most=_most_steps(model, rows))
+        timing.steps += len(new[0])
+        timing.later_tokens += accept(new)
     timing.later_s += time.perf_counter() - prefilled - (engine.compile_s - compiled)
     timing.compile_s += engine.compile_s
 
@@ -318,6 +328,17 @@ def _rectangle(rows: list[_Row], longest: int) -> tuple[np.ndarray, np.ndarray]:
     for i, text in enumerate(texts):
         tokens[i, : lengths[i]] = text
     return tokens, lengths
+
+
+def _most_steps(model: LanguageModel, rows: list[_Row]) -> int:
+    """Steps after which the host must look: where a cache no longer holds, and where a stop string frees capacity."""
+    if model.options.capacity_factor is not None and rows[0].params.stop:
+        return 1
+    limit = model.config.recomputed_after
+    if limit is None:
+        return BLOCK
+    rooms = [limit + 1 - len(row.prompt) - len(row.tokens) for row in rows if row.finish is None]
+    return min((room for room in rooms if room > 0), default=BLOCK)
 
 
 def _outgrown(rows: list[_Row], limit: int | None) -> bool:

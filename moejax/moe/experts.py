@@ -21,14 +21,33 @@ def grouped_mlp(
 
     With F cut over the tensor axis the result is this device's partial sum, into which the whole of `down_bias` goes.
     """
+    return grouped_down(grouped_gate_up(rows, params, group_sizes, activation), params, group_sizes)
+
+
+def grouped_gate_up(
+    rows: Float[Array, "M D"],
+    params: ExpertParams,
+    group_sizes: Int[Array, " n"],
+    activation: Activation,
+    first: int = 0,
+) -> Float[Array, "M F"]:
+    """The first half of `grouped_mlp`, for the rows of the n experts from `first` on."""
     experts, width, _, hidden = params.gate_up.shape
-    both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes)
+    both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes, first)
     if params.gate_up_bias is not None:
-        both = both + _of_each_row(params.gate_up_bias.reshape(experts, 2 * hidden), group_sizes, rows.shape[0])
-    inner = activate(both[:, :hidden], both[:, hidden:], activation)
-    outputs = grouped_matmul(inner, params.down, group_sizes)
+        bias = params.gate_up_bias.reshape(experts, 2 * hidden)[first : first + group_sizes.size]
+        both = both + _of_each_row(bias, group_sizes, rows.shape[0])
+    return activate(both[:, :hidden], both[:, hidden:], activation)
+
+
+def grouped_down(
+    inner: Float[Array, "M F"], params: ExpertParams, group_sizes: Int[Array, " n"], first: int = 0
+) -> Float[Array, "M D"]:
+    """The second half of `grouped_mlp`."""
+    outputs = grouped_matmul(inner, params.down, group_sizes, first)
     if params.down_bias is not None:
-        outputs = outputs + _of_each_row(params.down_bias, group_sizes, rows.shape[0])
+        bias = params.down_bias[first : first + group_sizes.size]
+        outputs = outputs + _of_each_row(bias, group_sizes, inner.shape[0])
     return outputs
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import AttentionConfig, NormConfig
 from moejax.kernels.linear import linear
 from moejax.nn.attend import attend_causal, attend_places
-from moejax.nn.cache import LayerCache, appended, cache_size, filled, held
+from moejax.nn.cache import LayerCache, cache_size, extended
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
 from moejax.nn.norm import neutral, normalise, scaled, unit_norm
@@ -27,7 +27,7 @@ from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.segments import row_places
 from moejax.nn.stream import Stream
-from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
+from moejax.sharding import AnyMesh, axis_size, place, psum, sharded_param
 
 Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LayerCache | None]]
@@ -98,48 +98,35 @@ class Attention(nnx.Module):
 
         return self._on_shards(mix, x, places, (segments,), stream)[0]
 
-    def prefill(
-        self, x: Float[Array, "B S D"], places: Places, lengths: Int[Array, " B"], max_len: int, stream: Stream
-    ) -> tuple[Float[Array, "B S D"], LayerCache]:
-        """The same for right-padded prompts of `lengths` tokens, with a cache that has room for `max_len` tokens."""
+    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> LayerCache:
+        """A cache with room for `max_len` tokens in each of `rows` rows."""
         size = cache_size(self.config.window or self.config.chunk, max_len)
+        shape = (rows, self.share(stream).total_kv_heads, size, self.config.head_dim)
+        empty = place(jnp.zeros(shape, self.k.dtype), stream.mesh, self.share(stream).cache_spec)
+        return LayerCache(k=empty, v=empty)
 
-        def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array):
-            k, v = _heads_first(k), _heads_first(v)
-            segments = (jnp.arange(q.shape[1], dtype=jnp.int32) < lengths[:, None]).astype(jnp.int32)
-            return self._over_itself(params, q, k, v, segments), filled(k, v, lengths, size)
-
-        y, cache = self._on_shards(mix, x, places, (lengths,), stream, returns_cache=True)
-        assert cache is not None
-        return y, cache
-
-    def decode(
-        self,
-        x: Float[Array, "B 1 D"],
-        places: Places,
-        positions: Int[Array, " B"],
-        cache: LayerCache,
-        stream: Stream,
-    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """One more token a row, at `positions`, over the cache of those before."""
+    def extend(
+        self, x: Float[Array, "B S D"], places: Places, cache: LayerCache, stream: Stream
+    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        """S more tokens a row over the cache of those before; positions of -1 pad a row behind its tokens."""
         config = self.config
 
         def mix(params: Params, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: LayerCache):
-            cache = appended(cache, _heads_first(k), _heads_first(v), positions)
+            keys, new = extended(cache, k, v, positions, ring=(config.window or config.chunk) is not None)
             out = attend_places(
                 q,
-                cache.k,
-                cache.v,
-                positions[:, None],
-                held(positions, cache.k.shape[2]),
+                keys.k,
+                keys.v,
+                positions,
+                keys.positions,
                 window=config.window,
                 chunk=config.chunk,
                 scale=config.scale,
                 sinks=params.get("sinks"),
             )
-            return out, cache
+            return out, new
 
-        y, new = self._on_shards(mix, x, places, (positions, cache), stream, returns_cache=True)
+        y, new = self._on_shards(mix, x, places, (places.positions, cache), stream, returns_cache=True)
         assert new is not None
         return y, new
 

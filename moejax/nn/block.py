@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig
 from moejax.moe.layer import MoE, MoEDetails, Parallel, sharded_param
@@ -66,34 +66,16 @@ class Block(nnx.Module):
         )
         return y, details
 
-    def prefill(
-        self,
-        x: Float[Array, "B S D"],
-        places: Places,
-        lengths: Int[Array, " B"],
-        max_len: int,
-        stream: Stream,
-        parallel: Parallel,
-    ) -> tuple[Float[Array, "B S D"], Cache, MoEDetails | None]:
-        """Right-padded prompts of `lengths` tokens, and their cache."""
-        real = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
-        return self._run(  # type: ignore[return-value]
-            x, lambda h: self.attention.prefill(h, places, lengths, max_len, stream), real, stream, parallel
-        )
+    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> Cache:
+        """What the mixer keeps of no tokens, with room for `max_len` in each of `rows` rows."""
+        return self.attention.empty_cache(rows, max_len, stream)
 
-    def decode(
-        self,
-        x: Float[Array, "B 1 D"],
-        places: Places,
-        positions: Int[Array, " B"],
-        active: Bool[Array, " B"],
-        cache: Cache,
-        stream: Stream,
-        parallel: Parallel,
-    ) -> tuple[Float[Array, "B 1 D"], Cache, MoEDetails | None]:
-        """One more token for each row; rows that are not active (finished, or padding) go to no expert."""
-        return self._run(  # type: ignore[return-value]
-            x, lambda h: self.attention.decode(h, places, positions, cache, stream), active[:, None], stream, parallel
+    def extend(
+        self, x: Float[Array, "B S D"], places: Places, cache: Cache, stream: Stream, parallel: Parallel
+    ) -> tuple[Float[Array, "B S D"], Cache, MoEDetails | None]:
+        """S more tokens a row over the cache of those before; what has the position -1 goes to no expert."""
+        return self._run(
+            x, lambda h: self.attention.extend(h, places, cache, stream), places.positions >= 0, stream, parallel
         )
 
     def _run(

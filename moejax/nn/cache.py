@@ -10,10 +10,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
-
-from moejax.sharding import pad_axis
 
 Cache: TypeAlias = PyTree
 """What any kind of layer keeps of the tokens so far; its mixer makes it and alone knows its form."""
@@ -31,32 +28,52 @@ class LayerCache:
     v: Float[Array, "B G C H"]
 
 
+@struct.dataclass
+class Keys:
+    """What a call's queries meet.
+
+    Attributes:
+      k, v: of tokens of the cache and of the call.
+      positions: of each; -1 for places that hold none.
+    """
+
+    k: Float[Array, "B G T H"]
+    v: Float[Array, "B G T H"]
+    positions: Int[Array, "B T"]
+
+
 def cache_size(window: int | None, max_len: int) -> int:
     """Places that a layer keeps for sequences of at most `max_len` tokens; `window` is its window or its chunk."""
     return max_len if window is None else min(window, max_len)
 
 
-def filled(k: Float[Array, "B G S H"], v: Float[Array, "B G S H"], lengths: Int[Array, " B"], size: int) -> LayerCache:
-    """The cache after right-padded prompts: the last `size` of each row's `lengths` tokens, each in its place."""
-    if k.shape[2] <= size:
-        return LayerCache(k=pad_axis(k, 2, size), v=pad_axis(v, 2, size))
-    last = lengths[:, None] - 1
-    position = last - (last - jnp.arange(size, dtype=jnp.int32)) % size
-    index = jnp.maximum(position, 0)[:, None, :, None]
-    return LayerCache(k=jnp.take_along_axis(k, index, 2), v=jnp.take_along_axis(v, index, 2))
+def extended(
+    cache: LayerCache, k: Float[Array, "B S G H"], v: Float[Array, "B S G H"], positions: Int[Array, "B S"], ring: bool
+) -> tuple[Keys, LayerCache]:
+    """The cache with S more tokens a row, and the keys that these tokens may see.
+
+    Several tokens can overwrite in a `ring` what the first of them still sees, so those see the ring as it was, with
+    the new tokens behind it. One token overwrites only what has just fallen out of sight.
+    """
+    size = cache.k.shape[2]
+    new = LayerCache(k=put(cache.k, k, positions), v=put(cache.v, v, positions))
+    if k.shape[1] == 1 or not ring:
+        return Keys(new.k, new.v, held(positions.max(1), size)), new
+    before = held(positions[:, 0] - 1, size)
+    k, v = (jnp.concatenate([old, jnp.swapaxes(a, 1, 2)], 2) for old, a in ((cache.k, k), (cache.v, v)))
+    return Keys(k, v, jnp.concatenate([before, positions], 1)), new
 
 
-def appended(
-    cache: LayerCache, k: Float[Array, "B G 1 H"], v: Float[Array, "B G 1 H"], positions: Int[Array, " B"]
-) -> LayerCache:
-    """The cache with one more token a row, at that row's position."""
-    place = positions % cache.k.shape[2]
-    return LayerCache(k=put_rows(cache.k, k, place), v=put_rows(cache.v, v, place))
+def put(places: Float[Array, "B G C H"], new: Float[Array, "B S G H"], positions: Int[Array, "B S"]) -> jax.Array:
+    """`places` with each row's last C tokens of `new` in theirs; what has the position -1 is left out."""
+    rows = jnp.arange(places.shape[0], dtype=jnp.int32)[:, None]
+    return places.at[rows, :, place_of(positions, places.shape[2])].set(new, mode="drop")
 
 
-def put_rows(places: jax.Array, new: jax.Array, at: Int[Array, " B"]) -> jax.Array:
-    """`places [B, G, C, H]` with `new [B, G, 1, H]` at each row's own place."""
-    return jax.vmap(lambda row, value, i: lax.dynamic_update_slice_in_dim(row, value, i, 1))(places, new, at)
+def place_of(positions: Int[Array, "B S"], size: int) -> Int[Array, "B S"]:
+    """Each token's place; `size`, which is none, for padding and for tokens that later ones of the call overwrite."""
+    kept = (positions >= 0) & (positions > positions.max(1, keepdims=True) - size)
+    return jnp.where(kept, positions % size, size)
 
 
 def held(newest: Int[Array, " B"], size: int) -> Int[Array, "B C"]:

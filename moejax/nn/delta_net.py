@@ -22,7 +22,7 @@ from moejax.nn.heads import head_layout
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.sharding import AnyMesh, axis_size, psum, sharded_param
+from moejax.sharding import AnyMesh, axis_size, place, psum, sharded_param
 
 Params: TypeAlias = dict[str, Any]
 Triple: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -114,36 +114,35 @@ class DeltaNet(nnx.Module):
 
         return self._on_shards(mix, _masked(x, segments > 0), (segments,), stream)[0]
 
-    def prefill(
-        self, x: Float[Array, "B S D"], places: Places, lengths: Int[Array, " B"], max_len: int, stream: Stream
-    ) -> tuple[Float[Array, "B S D"], DeltaCache]:
-        """Right-padded prompts of `lengths` tokens, and the cache after those; its size is the same for any max_len."""
-        real = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> DeltaCache:
+        """What no token leaves behind; its size is the same for any `max_len`."""
+        config, share = self.config, self.share(stream)
+        keys = (rows, share.total_kv_heads, config.kernel - 1, config.key_dim)
+        values = (rows, share.total_heads, config.kernel - 1, config.value_dim)
+        state = (rows, share.total_heads, config.key_dim, config.value_dim)
 
-        def mix(params: Params, x: jax.Array, real: jax.Array, lengths: jax.Array) -> tuple[jax.Array, DeltaCache]:
-            inputs = self._inputs(params, x)
+        def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+            return place(jnp.zeros(shape, dtype), stream.mesh, share.cache_spec)
+
+        convolved = (zeros(shape, self.q.dtype) for shape in (keys, keys, values))
+        return DeltaCache(*convolved, zeros(state, jnp.float32))
+
+    def extend(
+        self, x: Float[Array, "B S D"], places: Places, cache: DeltaCache, stream: Stream
+    ) -> tuple[Float[Array, "B S D"], DeltaCache]:
+        """S more tokens a row after those of the cache; positions of -1 pad a row behind its tokens."""
+        real = places.positions >= 0
+
+        def mix(params: Params, x: jax.Array, real: jax.Array, cache: DeltaCache) -> tuple[jax.Array, DeltaCache]:
+            inputs = self._inputs(params, x, (cache.conv_q, cache.conv_k, cache.conv_v))
             log_decay, beta = (_masked(rate, real) for rate in _rates(params, x))
-            out, state = chunked(*self._convolved(params, inputs), log_decay, beta)
-            last = lengths[:, None] + jnp.arange(self.config.kernel - 1, dtype=jnp.int32)
+            run = recurrent if x.shape[1] == 1 else chunked
+            out, state = run(*self._convolved(params, inputs), log_decay, beta, state=cache.state)
+            last = real.sum(1, keepdims=True, dtype=jnp.int32) + jnp.arange(self.config.kernel - 1, dtype=jnp.int32)
             q, k, v = (jnp.take_along_axis(a, last[..., None, None], 1).swapaxes(1, 2) for a in inputs)
             return out, DeltaCache(q, k, v, state)
 
-        y, cache = self._on_shards(mix, _masked(x, real), (real, lengths), stream, returns_cache=True)
-        assert cache is not None
-        return y, cache
-
-    def decode(
-        self, x: Float[Array, "B 1 D"], places: Places, positions: Int[Array, " B"], cache: DeltaCache, stream: Stream
-    ) -> tuple[Float[Array, "B 1 D"], DeltaCache]:
-        """One more token a row after those of the cache, wherever it stands."""
-
-        def mix(params: Params, x: jax.Array, cache: DeltaCache) -> tuple[jax.Array, DeltaCache]:
-            inputs = self._inputs(params, x, (cache.conv_q, cache.conv_k, cache.conv_v))
-            out, state = recurrent(*self._convolved(params, inputs), *_rates(params, x), state=cache.state)
-            q, k, v = (a[:, 1:].swapaxes(1, 2) for a in inputs)
-            return out, DeltaCache(q, k, v, state)
-
-        y, new = self._on_shards(mix, x, (cache,), stream, returns_cache=True)
+        y, new = self._on_shards(mix, _masked(x, real), (real, cache), stream, returns_cache=True)
         assert new is not None
         return y, new
 

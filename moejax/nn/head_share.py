@@ -41,6 +41,16 @@ class HeadShare:
         return ((self.stream.ep,) if self.helpers > 1 else ()) + self.stream.tp_axes
 
     @property
+    def total_heads(self) -> int:
+        """Query heads of all devices together, as `cache_spec` cuts them."""
+        return self.heads * self.helpers * self.stream.tp_size
+
+    @property
+    def total_kv_heads(self) -> int:
+        """Key/value heads likewise; those that several devices share count once on each."""
+        return self.kv_heads * self.helpers * self.stream.tp_size
+
+    @property
     def cache_spec(self) -> PartitionSpec:
         """How a cache `[B, G, C, H]` of these heads lies on the mesh."""
         divided = (self.stream.tp, self.stream.ep) if self.helpers > 1 else (self.stream.tp,)
@@ -66,10 +76,12 @@ class HeadShare:
         helper = lax.axis_index(self.stream.ep)
         first = helper * self.heads
         mine: dict[str, jax.Array | Block] = dict(params)
-        for name in heads.keys() & params.keys():
-            mine[name] = Block(params[name], helper, heads[name], self.helpers)
-        for name in kv_heads.keys() & params.keys():
-            mine[name] = self._kv_block(params[name], kv_heads[name], first)
+        # In the order of the parameters: that of a set differs from process to process, and with it the program's text.
+        for name in params:
+            if name in heads:
+                mine[name] = Block(params[name], helper, heads[name], self.helpers)
+            elif name in kv_heads:
+                mine[name] = self._kv_block(params[name], kv_heads[name], first)
         return {name: value if name in linear else array_of(value) for name, value in mine.items()}
 
     def _kv_block(self, whole: jax.Array, axis: int, first: jax.Array) -> jax.Array | Block:

@@ -1,8 +1,8 @@
 """Multi-head latent attention: all heads' keys and values come from one short latent a token, and that is what is kept.
 
-Whole sequences write out the keys and values of each head. A decoded token does not: the key half of `kv_b` moves its
-queries into the latent's space instead, they meet the kept latents there, and the value half moves the sum of latents
-out again. Both are the same sums in another order.
+Several tokens at once write out the keys and values of each head. A decoded token does not: the key half of `kv_b`
+moves its queries into the latent's space instead, they meet the kept latents there, and the value half moves the sum of
+latents out again. Both are the same sums in another order.
 
 Heads are cut across the mesh as in `attention`; the latents, which all heads read, are computed on every device.
 """
@@ -22,13 +22,13 @@ from moejax.nn.attend import attend_causal, attend_places
 from moejax.nn.cache import held
 from moejax.nn.head_share import HeadShare
 from moejax.nn.heads import head_layout
-from moejax.nn.latent_cache import LatentCache, appended
+from moejax.nn.latent_cache import LatentCache, extended
 from moejax.nn.norm import rms_norm
 from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, pad_axis, psum, sharded_param
+from moejax.sharding import AnyMesh, axis_size, pad_axis, place, psum, sharded_param
 
 Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
@@ -82,34 +82,23 @@ class LatentAttention(nnx.Module):
 
         return self._on_shards(mix, x, places, (segments,), stream)[0]
 
-    def prefill(
-        self, x: Float[Array, "B S D"], places: Places, lengths: Int[Array, " B"], max_len: int, stream: Stream
+    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> LatentCache:
+        """A cache with room for `max_len` tokens in each of `rows` rows."""
+        shape = (rows, max_len, self.config.kv_rank + self.config.rope.dim)
+        return LatentCache(latent=place(jnp.zeros(shape, self.kv_a.dtype), stream.mesh, stream.batch_spec))
+
+    def extend(
+        self, x: Float[Array, "B S D"], places: Places, cache: LatentCache, stream: Stream
     ) -> tuple[Float[Array, "B S D"], LatentCache]:
-        """The same for right-padded prompts of `lengths` tokens, with a cache that has room for `max_len` tokens."""
-
-        def mix(params: Params, q: jax.Array, latent: jax.Array, lengths: jax.Array):
-            segments = (jnp.arange(q.shape[1], dtype=jnp.int32) < lengths[:, None]).astype(jnp.int32)
-            return self._over_itself(params, q, latent, segments), LatentCache(latent=pad_axis(latent, 1, max_len))
-
-        y, cache = self._on_shards(mix, x, places, (lengths,), stream, returns_cache=True)
-        assert cache is not None
-        return y, cache
-
-    def decode(
-        self,
-        x: Float[Array, "B 1 D"],
-        places: Places,
-        positions: Int[Array, " B"],
-        cache: LatentCache,
-        stream: Stream,
-    ) -> tuple[Float[Array, "B 1 D"], LatentCache]:
-        """One more token a row, at `positions`, over the cache of those before."""
+        """S more tokens a row over the cache of those before; positions of -1 pad a row behind its tokens."""
 
         def mix(params: Params, q: jax.Array, latent: jax.Array, positions: jax.Array, cache: LatentCache):
-            cache = appended(cache, latent, positions)
-            return self._over_latents(params, q, cache, positions), cache
+            new = extended(cache, latent, positions)
+            held_places = held(positions.max(1), new.latent.shape[1])
+            over = self._over_latents if q.shape[1] == 1 else self._over_heads
+            return over(params, q, new.latent, positions, held_places), new
 
-        y, new = self._on_shards(mix, x, places, (positions, cache), stream, returns_cache=True)
+        y, new = self._on_shards(mix, x, places, (places.positions, cache), stream, returns_cache=True)
         assert new is not None
         return y, new
 
@@ -168,27 +157,48 @@ class LatentAttention(nnx.Module):
     def _over_itself(
         self, params: Params, q: Float[Array, "B S N H"], latent: Float[Array, "B S L"], segments: Int[Array, "B S"]
     ) -> Float[Array, "B S N Hv"]:
-        """With the keys and values of each local head written out."""
-        config = self.config
-        latent, shared = jnp.split(latent, [config.kv_rank], -1)
-        kv = linear(latent, params["kv_b"]).swapaxes(1, 2)
-        k, v = jnp.split(kv, [config.nope_dim], -1)
-        shared = jnp.broadcast_to(shared[:, None], (*k.shape[:-1], config.rope.dim))
-        return attend_causal(q, jnp.concatenate([k, shared], -1), v, segments, scale=config.scale)
+        return attend_causal(q, *self._written_out(params, latent), segments, scale=self.config.scale)
+
+    def _over_heads(
+        self,
+        params: Params,
+        q: Float[Array, "B S N H"],
+        latent: Float[Array, "B C L"],
+        positions: Int[Array, "B S"],
+        held_places: Int[Array, "B C"],
+    ) -> Float[Array, "B S N Hv"]:
+        """Over the keys and values of each local head: fewer products where many queries share what is written out."""
+        k, v = self._written_out(params, latent)
+        return attend_places(q, k, v, positions, held_places, scale=self.config.scale)
 
     def _over_latents(
-        self, params: Params, q: Float[Array, "B 1 N H"], cache: LatentCache, positions: Int[Array, " B"]
-    ) -> Float[Array, "B 1 N Hv"]:
+        self,
+        params: Params,
+        q: Float[Array, "B S N H"],
+        latent: Float[Array, "B C L"],
+        positions: Int[Array, "B S"],
+        held_places: Int[Array, "B C"],
+    ) -> Float[Array, "B S N Hv"]:
         """With the kept latents themselves as the one key/value head that all local heads share."""
         config, exact = self.config, precision_of(q.dtype)
         to_key, to_value = jnp.split(params["kv_b"], [config.nope_dim], -1)
         nope, rope = jnp.split(q, [config.nope_dim], -1)
         q = jnp.concatenate([jnp.einsum("bsnh,lnh->bsnl", nope, to_key, precision=exact), rope], -1)
-        kept = cache.latent[:, None]
+        kept = latent[:, None]
         # The shared keys are summed too and dropped: a few products more, but no copy of the latents without them.
-        places = held(positions, kept.shape[2])
-        out = attend_places(q, kept, kept, positions[:, None], places, scale=config.scale)
+        out = attend_places(q, kept, kept, positions, held_places, scale=config.scale)
         return jnp.einsum("bsnl,lnv->bsnv", out[..., : config.kv_rank], to_value, precision=exact)
+
+    def _written_out(
+        self, params: Params, latent: Float[Array, "B T L"]
+    ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T Hv"]]:
+        """The keys and values of each local head."""
+        config = self.config
+        latent, shared = jnp.split(latent, [config.kv_rank], -1)
+        kv = linear(latent, params["kv_b"]).swapaxes(1, 2)
+        k, v = jnp.split(kv, [config.nope_dim], -1)
+        shared = jnp.broadcast_to(shared[:, None], (*k.shape[:-1], config.rope.dim))
+        return jnp.concatenate([k, shared], -1), v
 
 
 def _shapes(config: LatentAttentionConfig, width: int) -> dict[str, tuple[tuple[int, ...], int]]:

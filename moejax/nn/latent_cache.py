@@ -1,9 +1,10 @@
 """The cache of one layer of latent attention: one latent a token, whatever the number of heads."""
 
-import jax
+import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int
+
+from moejax.nn.cache import place_of
 
 
 @struct.dataclass
@@ -17,7 +18,8 @@ class LatentCache:
     latent: Float[Array, "B C L"]
 
 
-def appended(cache: LatentCache, latent: Float[Array, "B 1 L"], positions: Int[Array, " B"]) -> LatentCache:
-    """The cache with one more token a row, at that row's position."""
-    put = jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))
-    return LatentCache(latent=put(cache.latent, latent, positions))
+def extended(cache: LatentCache, latent: Float[Array, "B S L"], positions: Int[Array, "B S"]) -> LatentCache:
+    """The cache with S more tokens a row; what has the position -1 is left out."""
+    rows = jnp.arange(latent.shape[0], dtype=jnp.int32)[:, None]
+    at = place_of(positions, cache.latent.shape[1])
+    return LatentCache(latent=cache.latent.at[rows, at].set(latent, mode="drop"))

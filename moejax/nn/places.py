@@ -16,7 +16,7 @@ class Places:
     """Positions of the tokens, and the rotary tables that follow from them.
 
     Attributes:
-      positions: of each token in its sequence.
+      positions: of each token in its sequence; where a call extends a cache, -1 for padding.
       tables: (cosine, sine) for each rotary embedding in the model.
     """
 
@@ -35,3 +35,9 @@ class Places:
             return self.tables[rope]
         nothing = jnp.zeros((*self.positions.shape, 0), jnp.float32)
         return nothing, nothing
+
+
+def chunk_positions(first: int | Int[Array, ""], size: int, lengths: Int[Array, " B"]) -> Int[Array, "B S"]:
+    """Positions of the tokens from `first` on in right-padded rows of `lengths` tokens; -1 for padding."""
+    positions = first + jnp.arange(size, dtype=jnp.int32)
+    return jnp.where(positions < lengths[:, None], positions, -1)

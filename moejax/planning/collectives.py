@@ -88,18 +88,31 @@ def _axes(attributes: str, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _groups(attributes: str, devices: int) -> set[frozenset[int]]:
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if named := _NAMED.search(attributes):
         # Not always by the program's own names: axes that the compiler made up are called axis_0 and so on.
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        ids = np.arange(devices).reshape([int(size) for size in sizes.values()])
-        across = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[2])]
+        ids = _iota(named[2] or str(devices), named[3]).reshape([int(size) for size in sizes.values()])
+        across = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
         rows = np.moveaxis(ids, across, range(-len(across), 0))
         return {frozenset(row) for row in rows.reshape(-1, math.prod(ids.shape[axis] for axis in across)).tolist()}
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, reshape, transpose = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
-        ids = np.arange(math.prod(reshape)).reshape(reshape)
-        ids = ids.transpose(transpose) if transpose else ids
-        return {frozenset(row) for row in ids.reshape(shape).tolist()}
+    if iota := _IOTA.search(attributes):
+        return {frozenset(row) for row in _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()}
     lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
+    assert lists is not None, attributes
     rows = re.findall(r"\{([\d,]+)\}", lists[1])
-    return {frozenset(map(int, row.split(","))) for row in rows} or {frozenset(range(devices))}
+    return {frozenset(_numbers(row)) for row in rows} or {frozenset(range(devices))}
+
+
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+def _iota(shape: str, transpose: str | None) -> np.ndarray:
+    """0, 1, 2, ... in a shape, its axes reordered."""
+    sizes = _numbers(shape)
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(_numbers(transpose)) if transpose else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

@@ -35,7 +35,7 @@ def unpack(blocks: UInt8[Array, "*B n 16"], scales: UInt8[Array, "*B n"], dtype:
     one integer: an axis of two entries would keep XLA:CPU from vectorising.
     """
     wide, scale = blocks.astype(jnp.uint32), scales.astype(jnp.uint32)[..., None]
-    low, high = _bfloat16_bits(wide & jnp.uint32(15), scale), _bfloat16_bits(wide >> jnp.uint32(4), scale)
+    low, high = bfloat16_bits(wide & jnp.uint32(15), scale), bfloat16_bits(wide >> jnp.uint32(4), scale)
     pairs = lax.bitcast_convert_type(low | high << jnp.uint32(16), jnp.uint16)
     bits = pairs.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK)
     if jnp.dtype(dtype) == jnp.float32:
@@ -43,7 +43,7 @@ def unpack(blocks: UInt8[Array, "*B n 16"], scales: UInt8[Array, "*B n"], dtype:
     return lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
 
 
-def _bfloat16_bits(code: jax.Array, scale: jax.Array) -> jax.Array:
+def bfloat16_bits(code: jax.Array, scale: jax.Array) -> jax.Array:
     """The bits of each code's bfloat16 under a scale, as uint32: one of sign, 8 of exponent, 7 of fraction.
 
     Neighbouring magnitudes of E2M1 are one step of its last fraction bit apart, which is bit 6 of a bfloat16. That line

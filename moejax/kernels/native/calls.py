@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -15,7 +16,7 @@ BEST = -1
 
 def products(
     x: Float[Array, "M K"],
-    w: Float[Array, "G K N"] | PackedMatrix,
+    w: Float[Array, "_ _ _"] | PackedMatrix,
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
@@ -70,7 +71,9 @@ def weight_gradient(
 def _call(handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int) -> jax.Array:
     """Inside shard_map the result differs along every axis along which an operand does."""
     operands = tuple(varying_as(operand, *operands) for operand in operands)
-    kind = jax.typeof(operands[0]).manual_axis_type
-    result = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), manual_axis_type=kind)
+    kind = jax.typeof(operands[0])
+    # JAX takes the mark of what differs only beside the mesh that it refers to.
+    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None
+    result = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type)
     numbers = {name: value if isinstance(value, bool) else np.int64(value) for name, value in attributes.items()}
     return jax.ffi.ffi_call(handler, result)(*operands, **numbers)

@@ -1,7 +1,7 @@
 """The repeated exchange of `all_to_all`: rows to their experts and back, as often as the fullest cell needs."""
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.moe.dispatch import DispatchPlan
-from moejax.moe.experts import grouped_mlp
 from moejax.moe.params import ExpertParams
-from moejax.moe.strategies.cells import Cells, grouped_rows
+from moejax.moe.strategies.cells import Cells
 from moejax.moe.strategies.local import Local
-from moejax.moe.strategies.shares import gather_share, scatter_share
-from moejax.moe.strategies.weighing import combine, weigh_inputs
+from moejax.moe.strategies.shares import gather_share
+from moejax.moe.strategies.slices import Slice, swap
 from moejax.sharding import varying
 
+T = TypeVar("T")
 Values: TypeAlias = tuple[jax.Array, jax.Array, ExpertParams]
 """What gradients flow to: shares of the tokens, routing weights, and the experts of this device."""
 
@@ -54,60 +54,34 @@ def exchange(
 
 
 def _wave(values: Values, indices: tuple[jax.Array, ...], wave: jax.Array, cells: Cells, local: Local) -> jax.Array:
-    """One exchange there and back, in `chunks` slices of the experts: the part of the sum that this wave carries."""
-    parts = [_slice_wave(values, indices, wave, chunk, cells, local) for chunk in range(local.chunks)]
+    """One exchange there and back: the part of the sum that this wave carries.
+
+    In `chunks` slices of the experts it is a pipeline: while the first half of a slice is computed, the slice before
+    goes back, and during the second half the next one arrives.
+    """
+    share, weights, experts = values
+    slices = [Slice(chunk, weights, indices, wave, cells, local) for chunk in range(local.chunks)]
+    arriving, leaving, parts = swap(slices[0].send(share), local), None, []
+    for this, following, before in zip(slices, [*slices[1:], None], [None, *slices[:-1]], strict=True):
+        rows = gather_share(arriving, experts.gate_up.shape[1], local)
+        rows, leaving, share = _together((rows, leaving, share), local)
+        inner = this.gate_up(rows, experts)
+        returned = None if before is None else swap(leaving, local)
+        inner, returned, share = _together((inner, returned, share), local)
+        outputs = this.down(inner, experts)
+        arriving = None if following is None else swap(following.send(share), local)
+        outputs, arriving, share = _together((outputs, arriving, share), local)
+        leaving = this.reply(outputs)
+        if before is not None:
+            parts.append(before.combine(returned))
+    parts.append(slices[-1].combine(swap(leaving, local)))
     return functools.reduce(jnp.add, parts)
 
 
-def _slice_wave(
-    values: Values,
-    indices: tuple[jax.Array, ...],
-    wave: jax.Array,
-    chunk: int,
-    cells: Cells,
-    local: Local,
-) -> jax.Array:
-    share, weights, experts = values
-    cell, place, received = indices
-    slots = local.placement.slots_per_device // local.chunks
-    mine = jax.tree.map(lambda a: a[chunk * slots : (chunk + 1) * slots], experts)
-    with jax.named_scope("dispatch"):
-        row = _rows_of_pairs(cell, place - wave * cells.rows, chunk, cells, local)
-        pair = _invert(row, local.ep_size * cells.rows)
-        leaving = _pick(share, lax.div(pair, jnp.int32(weights.shape[1])))
-        leaving = weigh_inputs(leaving, weights, pair, local)
-        arrived = gather_share(_swap(leaving, local), experts.gate_up.shape[1], local)
-    with jax.named_scope("experts"):
-        order, sizes = grouped_rows(cells.layout(received[:, chunk], wave), cells.rows)
-        outputs = grouped_mlp(_pick(arrived, order), mine, sizes, local.activation)
-        outputs = scatter_share(outputs, local)
-    with jax.named_scope("combine"):
-        back = _swap(_pick(outputs, _invert(order, order.size)), local)
-        return combine(_pick(back, row).reshape(*weights.shape, -1), weights, local)
-
-
-def _rows_of_pairs(
-    cell: Int[Array, " TK"], row: Int[Array, " TK"], chunk: int, cells: Cells, local: Local
-) -> Int[Array, " TK"]:
-    """Each pair's row in the send buffer; past its end for pairs of other slices and waves, dropped, unrouted."""
-    chunks = jnp.int32(local.chunks)
-    here = (lax.rem(cell, chunks) == chunk) & (row >= 0) & (row < cells.rows)
-    return jnp.where(here, lax.div(cell, chunks) * cells.rows + row, jnp.int32(local.ep_size * cells.rows))
-
-
-def _pick(rows: Float[Array, "M d"], index: Int[Array, " N"]) -> Float[Array, "N d"]:
-    """The rows at `index`; zeros where it is past the end."""
-    return rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
-def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:
-    """`inverse[positions[i]] = i`; where nothing points, an index past any end, for which `_pick` gives zeros."""
-    nothing = varying(
-        jnp.full(size, jnp.iinfo(jnp.int32).max, jnp.int32), sorted(jax.typeof(positions).manual_axis_type.varying)
-    )
-    return nothing.at[positions].set(
-        jnp.arange(positions.size, dtype=jnp.int32), mode="drop", wrap_negative_indices=False
-    )
+def _together(stage: T, local: Local) -> T:
+    """Ends a stage of the pipeline. Without, the compiler merges collectives of several slices into one, or puts all
+    transfers before all products."""
+    return stage if local.chunks == 1 else lax.optimization_barrier(stage)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -163,8 +137,3 @@ def _can_overflow(weights: Float[Array, "T K"], cells: Cells) -> bool:
 def by_slice(counts: Int[Array, "P S"], local: Local) -> Int[Array, "P_to P_from n L"]:
     """Counts of (sender, slot) as (receiver, sender, chunk, slot of the chunk)."""
     return counts.reshape(counts.shape[0], local.ep_size, local.chunks, -1).swapaxes(0, 1)
-
-
-def _swap(buffer: Float[Array, "PC d"], local: Local) -> Float[Array, "PC d"]:
-    """The payload exchange: cell p of this device becomes cell `ep_index` of device p."""
-    return lax.all_to_all(buffer, local.ep, 0, 0, tiled=True) if local.ep else buffer

@@ -1,0 +1,49 @@
+"""The Triton kernels in Pallas' interpreter against a loop over rows; packed matrices against the same dense ones."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped_cases import CASES, check, check_marks, product_precisions
+from moe_cases import compiled, normal
+
+from moejax.kernels import triton
+from moejax.quantization.mxfp4 import pack, unpack_host
+from moejax.quantization.packed import PackedMatrix
+
+products = functools.partial(triton.products, interpret=True)
+weight_gradient = functools.partial(triton.weight_gradient, interpret=True)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), CASES)
+def test_equals_a_loop(rows, sizes):
+    check(products, weight_gradient, rows, sizes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+def test_sixteen_bits_are_accumulated_in_float32(dtype):
+    check(products, weight_gradient, 300, [130, 0, 1, 157], shape=(520, 136), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "sizes"), [(jnp.float32, 13, [3, 0, 2, 4]), (jnp.bfloat16, 150, [130, 5, 0, 15])]
+)
+def test_packed_matrices_are_those_that_they_stand_for(dtype, rows, sizes):
+    rng = np.random.default_rng(rows)
+    blocks, scales = pack(rng.standard_normal((4, 24, 96)))
+    dense = jnp.swapaxes(jnp.asarray(unpack_host(blocks, scales)), 1, 2).astype(dtype)
+    packed = PackedMatrix(jnp.asarray(blocks), jnp.asarray(scales))
+    x, dy = normal(rng, rows, 96).astype(dtype), normal(rng, rows, 24).astype(dtype)
+    group_sizes = jnp.array(sizes, jnp.int32)
+    for operand, transposed in ((x, False), (dy, True)):
+        product = compiled(functools.partial(products, transposed=transposed, out_dtype=dtype))
+        np.testing.assert_array_equal(product(operand, packed, group_sizes), product(operand, dense, group_sizes))
+
+
+def test_marks_what_varies_in_shard_map(mesh):
+    check_marks(mesh("ep=2,tp=2"), triton.products, triton.weight_gradient)
+
+
+def test_float32_is_not_rounded_to_fewer_bits():
+    assert product_precisions(triton.products, triton.weight_gradient) == {"HIGHEST"}
