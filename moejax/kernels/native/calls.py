@@ -1,21 +1,10 @@
 """The handlers as functions of JAX arrays, under jit and shard_map, on CPU devices only."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.attention.sight import Keys, Queries
+from moejax.kernels.native.ffi import BEST, call
 from moejax.quantization.packed import PackedMatrix
-from moejax.sharding import varying_as
-
-BEST = -1
-"""The instruction set that the handlers choose themselves; others by their index in `instruction_sets()`, for tests."""
 
 
 def products(
@@ -41,12 +30,12 @@ def products(
     """
     if isinstance(w, PackedMatrix):
         shape = (x.shape[0], w.shape[2])
-        return _call("moejax_packed_products", shape, out_dtype, x, w.blocks, w.scales, group_sizes, isa=isa)
+        return call("moejax_packed_products", [(shape, out_dtype)], x, w.blocks, w.scales, group_sizes, isa=isa)[0]
     width, rows = w.shape[2], w.shape[1]
     strides = (width, rows * width) if group_axis == 0 else (rows * width, width)
     attributes = {"transposed": transposed, "row_stride": strides[0], "group_stride": strides[1], "isa": isa}
     shape = (x.shape[0], rows if transposed else width)
-    return _call("moejax_products", shape, out_dtype, x, w, group_sizes, **attributes)
+    return call("moejax_products", [(shape, out_dtype)], x, w, group_sizes, **attributes)[0]
 
 
 def weight_gradient(
@@ -69,73 +58,15 @@ def weight_gradient(
       isa: which instruction set computes it.
     """
     shape = (groups, x.shape[1], dy.shape[1])
-    return _call("moejax_weight_gradient", shape, out_dtype, x, dy, group_sizes, isa=isa)
-
-
-def attend(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B G T H"],
-    v: Float[Array, "B G T Hv"],
-    sinks: Float[Array, " N"] | None,
-    queries: Queries,
-    keys: Keys,
-    *,
-    scale: float,
-    isa: int = BEST,
-) -> tuple[Float[Array, "B S N Hv"], Float[Array, "B S N"]]:
-    """Attention, and the f32 logarithm of the sum of each query's powers; see `moejax.kernels.attention`.
-
-    Args:
-      q, k, v: float32 or bfloat16, all of one type.
-      sinks: a score for each head that takes part in the softmax and brings no value.
-      queries, keys: who sees what; a query that sees nothing gets zeros.
-      scale: of the scores.
-      isa: which instruction set computes it.
-    """
-    none = jnp.zeros((0, 0), jnp.int32)
-    segmented = queries.segments is not None and keys.segments is not None
-    vectors = (
-        jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
-        queries.first,
-        queries.last,
-        queries.segments if segmented else none,
-        keys.places,
-        keys.segments if segmented else none,
-    )
-    results = ((*q.shape[:3], v.shape[3]), v.dtype), (q.shape[:3], jnp.float32)
-    return _calls("moejax_attend", results, q, k, v, *vectors, scale=np.float32(scale), isa=isa)
+    return call("moejax_weight_gradient", [(shape, out_dtype)], x, dy, group_sizes, isa=isa)[0]
 
 
 def take(table: Array, index: Int[Array, " M"]) -> Array:
     """`table[index]` along the first axis, of any type; zeros where the index is of no row."""
-    return _call("moejax_take", (index.size, *table.shape[1:]), table.dtype, table, index)
+    return call("moejax_take", [((index.size, *table.shape[1:]), table.dtype)], table, index)[0]
 
 
 def put(places: Array, rows: Array, index: Int[Array, "B S"]) -> Array:
     """`places [B, G, C, H]`, consumed, with `rows [B, S, G, H]` at their places `[B, S]`; those that are none are
     left out."""
-    return _calls("moejax_put", ((places.shape, places.dtype),), places, rows, index, aliases={0: 0})[0]
-
-
-def _call(handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int) -> jax.Array:
-    return _calls(handler, ((shape, dtype),), *operands, **attributes)[0]
-
-
-def _calls(
-    handler: str,
-    results: Sequence[tuple[tuple[int, ...], DTypeLike]],
-    *operands: jax.Array,
-    aliases: Mapping[int, int] | None = None,
-    **attributes: Any,
-) -> tuple[jax.Array, ...]:
-    """Inside shard_map the results differ along every axis along which an operand does."""
-    operands = tuple(varying_as(operand, *operands) for operand in operands)
-    kind = jax.typeof(operands[0])
-    # JAX takes the mark of what differs only beside the mesh that it refers to.
-    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None
-    types = [
-        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type)
-        for shape, dtype in results
-    ]
-    numbers = {name: np.int64(value) if type(value) is int else value for name, value in attributes.items()}
-    return tuple(jax.ffi.ffi_call(handler, types, input_output_aliases=aliases)(*operands, **numbers))
+    return call("moejax_put", [(places.shape, places.dtype)], places, rows, index, aliases={0: 0})[0]
