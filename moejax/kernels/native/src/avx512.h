@@ -32,7 +32,7 @@ struct WidenedRows {
   static constexpr int kRows = 1, kBytes = 2;
 };
 
-// Four rows' 128-bit quarters change places with the rows: the last two steps of a transposition.
+// Cells, then pairs of cells, then quarters of vectors change places, each step among rows twice as far apart.
 inline void Transpose16(const char* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
   __m512i row[16], pair[16], quad[16], half[16];
 #pragma GCC unroll 16
