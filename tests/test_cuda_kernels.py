@@ -1,10 +1,13 @@
 """Which kernel an NVIDIA GPU runs, and that all of them compile for an H100 without one."""
 
+import contextlib
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from grouped_cases import check_marks, compile_all
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from moejax.kernels import cuda, triton
@@ -15,12 +18,17 @@ HOPPERS = ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA
 OTHERS = ["NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA B200", "NVIDIA GB200", "NVIDIA GeForce RTX 4090", "cpu"]
 
 
+def mesh_of(kind):
+    """One device that is only described."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
+    return AbstractMesh((1,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
 def kernel(kind, dtype, width=64, w=None):
     """Which kernel multiplies on a device of this kind, as a trace shows it."""
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
     w = jnp.zeros((2, 32, width), dtype) if w is None else w
     x, sizes = jnp.zeros((8, 32), dtype), jnp.array([3, 4], jnp.int32)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("ep",), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(mesh_of(kind)):
         traced = jax.make_jaxpr(lambda *a: cuda.products(*a, transposed=False, out_dtype=dtype))(x, w, sizes)
     return "hopper" if "wgmma" in str(traced) else "triton"
 
@@ -35,6 +43,18 @@ def test_what_the_hopper_kernel_does_not_take_runs_in_triton():
     assert kernel(HOPPERS[0], jnp.bfloat16, width=40) == "triton"
     packed = PackedMatrix(jnp.zeros((2, 64, 1, 16), jnp.uint8), jnp.zeros((2, 64, 1), jnp.uint8))
     assert kernel(HOPPERS[0], jnp.bfloat16, w=packed) == "triton"
+
+
+@pytest.mark.parametrize("in_mesh", [False, True])
+def test_before_ampere_no_kernel_runs(monkeypatch, in_mesh):
+    """Only a device that is there says how old it is."""
+    device = SimpleNamespace(device_kind="Tesla T4", compute_capability="7.5")
+    monkeypatch.setattr(cuda, "get_default_device", lambda: device)
+    x, w, sizes = jnp.ones((8, 32)), jnp.ones((2, 32, 64)), jnp.array([3, 4], jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh_of("Tesla T4")) if in_mesh else contextlib.nullcontext():
+        y = jax.make_jaxpr(lambda *a: cuda.products(*a, transposed=False, out_dtype=jnp.float32))(x, w, sizes)
+        dw = jax.make_jaxpr(lambda *a: cuda.weight_gradient(*a, groups=2, out_dtype=jnp.float32))(x, x, sizes)
+    assert "pallas_call" not in str(y) + str(dw)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
