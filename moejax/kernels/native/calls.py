@@ -23,12 +23,12 @@ def products(
     out_dtype: DTypeLike,
     group_axis: int = 0,
     isa: int = BEST,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M _"]:
     """`y[i] = x[i] @ w[g]` for each row i of group g, accumulated in float32; rows past the last group give zeros.
 
     Args:
       x: rows sorted by group, float32 or bfloat16.
-      w: one matrix a group, of x's dtype, or packed.
+      w: `[G, K, N]`, one matrix a group, of x's dtype; or packed.
       group_sizes: rows of each group, int32.
       transposed: w is `[G, N, K]`.
       out_dtype: float32 or bfloat16.
