@@ -1,6 +1,5 @@
 """Which kernel an NVIDIA GPU runs, and that all of them compile for an H100 without one."""
 
-import contextlib
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +9,7 @@ from grouped_cases import check_marks, compile_all
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from moejax.kernels import cuda, triton
+from moejax.kernels import cuda, device, triton
 from moejax.planning.topologies import h100_mesh
 from moejax.quantization.packed import PackedMatrix
 
@@ -26,11 +25,17 @@ def mesh_of(kind):
 
 def kernel(kind, dtype, width=64, w=None):
     """Which kernel multiplies on a device of this kind, as a trace shows it."""
-    w = jnp.zeros((2, 32, width), dtype) if w is None else w
-    x, sizes = jnp.zeros((8, 32), dtype), jnp.array([3, 4], jnp.int32)
-    with jax.sharding.use_abstract_mesh(mesh_of(kind)):
-        traced = jax.make_jaxpr(lambda *a: cuda.products(*a, transposed=False, out_dtype=dtype))(x, w, sizes)
-    return "hopper" if "wgmma" in str(traced) else "triton"
+    struct = jax.ShapeDtypeStruct
+    w = struct((2, 32, width), dtype) if w is None else w
+
+    def product(x, w, sizes):
+        return cuda.products(x, w, sizes, transposed=False, out_dtype=dtype)
+
+    mapped = jax.shard_map(product, mesh=mesh_of(kind), in_specs=P("ep"), out_specs=P("ep"))
+    traced = str(jax.make_jaxpr(mapped)(struct((8, 32), dtype), w, struct((2,), jnp.int32)))
+    if "pallas_call" in traced:
+        return "triton"
+    return "hopper" if "wgmma" in traced else "loop"
 
 
 @pytest.mark.parametrize("kind", HOPPERS)
@@ -45,16 +50,16 @@ def test_what_the_hopper_kernel_does_not_take_runs_in_triton():
     assert kernel(HOPPERS[0], jnp.bfloat16, w=packed) == "triton"
 
 
-@pytest.mark.parametrize("in_mesh", [False, True])
-def test_before_ampere_no_kernel_runs(monkeypatch, in_mesh):
-    """Only a device that is there says how old it is."""
-    device = SimpleNamespace(device_kind="Tesla T4", compute_capability="7.5")
-    monkeypatch.setattr(cuda, "get_default_device", lambda: device)
-    x, w, sizes = jnp.ones((8, 32)), jnp.ones((2, 32, 64)), jnp.array([3, 4], jnp.int32)
-    with jax.sharding.use_abstract_mesh(mesh_of("Tesla T4")) if in_mesh else contextlib.nullcontext():
-        y = jax.make_jaxpr(lambda *a: cuda.products(*a, transposed=False, out_dtype=jnp.float32))(x, w, sizes)
-        dw = jax.make_jaxpr(lambda *a: cuda.weight_gradient(*a, groups=2, out_dtype=jnp.float32))(x, x, sizes)
-    assert "pallas_call" not in str(y) + str(dw)
+@pytest.mark.parametrize(("kind", "expected"), [("Tesla T4", "loop"), ("NVIDIA A100-SXM4-40GB", "triton")])
+def test_before_ampere_no_kernel_runs(monkeypatch, kind, expected):
+    """A mesh knows the kind of its devices; only a device that is at hand says how old that is."""
+    capability = {"Tesla T4": "7.5", "NVIDIA A100-SXM4-40GB": "8.0"}[kind]
+    present = SimpleNamespace(device_kind=kind, platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(device, "get_default_device", lambda: present)
+    assert kernel(kind, jnp.float32) == expected
+    x, dy, sizes = jnp.ones((8, 32)), jnp.ones((8, 64)), jnp.array([3, 4], jnp.int32)
+    dw = jax.make_jaxpr(lambda *a: cuda.weight_gradient(*a, groups=2, out_dtype=jnp.float32))(x, dy, sizes)
+    assert ("pallas_call" in str(dw)) == (expected == "triton")
 
 
 @pytest.mark.parametrize("kind", OTHERS)
