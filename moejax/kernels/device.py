@@ -19,12 +19,13 @@ DTYPES = {
 
 
 def device_of(x: jax.Array) -> Any:
-    """The kind of device (`.platform`, `.device_kind`) that an operand lies on.
+    """The kind of device (`.platform`, `.device_kind`) that an operand lies on; a device itself where it is at hand.
 
     Its mesh knows, also where its devices are only described or a backward rule is traced; without one the default
     device counts.
     """
-    return jax.typeof(x).sharding.mesh.abstract_device or get_default_device()
+    described, present = jax.typeof(x).sharding.mesh.abstract_device, get_default_device()
+    return present if described is None or described.device_kind == present.device_kind else described
 
 
 def platform_of(x: jax.Array) -> str:
