@@ -35,9 +35,15 @@ def printed(table: Table) -> list[str]:
     return text.splitlines()
 
 
-def test_latency(capsys):
-    result = result_of(["latency", "--mesh", "ep=2,tp=1", "--input-len", "4", "--output-len", "3"], capsys)
-    assert (result["benchmark"], result["mesh"], result["rounds"]) == ("latency", "ep=2,tp=1", 1)
+def test_latency_of_a_config_whose_random_weights_do_not_stay(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    raw = json.loads((Path(bench.__file__).parents[1] / "demo" / "config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(raw | {"num_hidden_layers": 1}))
+    lengths = ["--input-len", "4", "--output-len", "3"]
+    result = result_of(["latency", "--mesh", "ep=1,tp=1", "--config", str(file), *lengths], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (result["benchmark"], result["model"], result["mesh"]) == ("latency", str(file), "ep=1,tp=1")
     (batch,) = result["batches"]
     (row,) = batch["rows"]
     assert row["contender"] == "moejax"
@@ -81,17 +87,6 @@ def test_loading_in_fresh_processes(capsys):
     assert row["peak_bytes"] > result["bytes"]
     assert bench.main(["load", "--platform", "tpu"]) == 2
     assert "load measures the CPU's memory" in capsys.readouterr().err
-
-
-def test_a_config_alone_has_random_weights_which_do_not_stay(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    raw = json.loads((Path(bench.__file__).parents[1] / "demo" / "config.json").read_text())
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(raw | {"num_hidden_layers": 1}))
-    lengths = ["--input-len", "4", "--output-len", "2"]
-    result = result_of(["latency", "--mesh", "ep=1,tp=1", "--config", str(file), *lengths], capsys)
-    assert result["model"] == str(file)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow
