@@ -124,7 +124,7 @@ def test_slices_of_the_exchange_travel_behind_the_experts():
 
 
 def test_one_row_reads_its_part_of_the_head_where_it_is():
-    """Replicated rows divide a rank's vocabulary over ep: each device reads its block of the head, and copies nothing."""
+    """Replicated rows divide the vocabulary over ep: each device reads its block of the head, copying nothing."""
     case = Case(MIXTRAL, batch=1, chunk=1)
     for line in compiled(case).program.kernels():
         if "lm_head" in line.scope.split("/"):
