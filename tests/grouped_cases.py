@@ -74,17 +74,19 @@ def check_marks(
     weight_gradient: Callable[..., jax.Array],
     dtype: DTypeLike = jnp.float32,
 ) -> None:
-    """Traces all three in shard_map over ep and tp; its check of what varies where refuses a result that is not marked.
+    """Traces all three in shard_map, rows and groups cut over ep, outputs over tp: the results vary over both.
 
-    Traced only: Pallas' interpreter does not run there, with the check on.
+    Traced only: Pallas' interpreter does not run where shard_map checks what varies.
     """
     x, w, dy = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((16, 32), (4, 32, 64), (16, 64)))
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
 
     def all_three(x, w, dy, sizes):
         y = products(x, w, sizes, transposed=False, out_dtype=dtype)
-        dx = jax.lax.psum(products(dy, w, sizes, transposed=True, out_dtype=dtype), "tp")
-        return y, dx, weight_gradient(x, dy, sizes, groups=w.shape[0], out_dtype=dtype)
+        dx = products(dy, w, sizes, transposed=True, out_dtype=dtype)
+        dw = weight_gradient(x, dy, sizes, groups=w.shape[0], out_dtype=dtype)
+        assert {jax.typeof(out).manual_axis_type.varying for out in (y, dx, dw)} == {frozenset({"ep", "tp"})}
+        return y, jax.lax.psum(dx, "tp"), dw
 
     of_w = P("ep", None, "tp")
     specs = (P("ep"), of_w, P("ep", "tp"), P("ep"))

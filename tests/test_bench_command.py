@@ -1,12 +1,17 @@
 """The bench command: its examples run, what it prints, and mistakes."""
 
 import importlib.util
+import io
 import json
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from moejax.benchmarks import plot, probes
 from moejax.commands import bench
+from moejax.commands.bench_tables import table_of
 from moejax.commands.main import main
 
 
@@ -16,29 +21,27 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(probes, "_READ_BYTES", 1 << 20)
 
 
-def example(name: str, capsys) -> list[str]:
-    """The arguments of the example in a benchmark's help."""
-    assert bench.main([*name.split(), "--help"]) == 0
-    words = capsys.readouterr().out.splitlines()[-1].split()
-    assert words[:2] == ["moejax", "bench"]
-    return words[2:]
-
-
 def result_of(arguments: list[str], capsys) -> dict:
-    assert bench.main([*arguments, "--json"]) == 0
+    assert bench.main([*arguments, "--rounds", "1", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
+def printed(table: Table) -> list[str]:
+    """A table's lines on a terminal of 80 columns, where nothing may be cut."""
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    assert "…" not in text
+    return text.splitlines()
+
+
 def test_latency(capsys):
-    arguments = example("latency", capsys)
-    assert arguments[0] == "latency"
-    result = result_of([*arguments[:-1], "2", "--mesh", "ep=2,tp=1"], capsys)
-    assert (result["benchmark"], result["mesh"], result["rounds"]) == ("latency", "ep=2,tp=1", 2)
+    result = result_of(["latency", "--mesh", "ep=2,tp=1", "--input-len", "4", "--output-len", "3"], capsys)
+    assert (result["benchmark"], result["mesh"], result["rounds"]) == ("latency", "ep=2,tp=1", 1)
     (batch,) = result["batches"]
     (row,) = batch["rows"]
     assert row["contender"] == "moejax"
-    assert row["ttft_s"]["low"] <= row["ttft_s"]["median"] <= row["ttft_s"]["high"]
-    assert row["prefill_tok_s"] == pytest.approx(result["input_len"] / row["ttft_s"]["median"])
+    assert row["prefill_tok_s"] == pytest.approx(4 / row["ttft_s"]["median"])
     assert row["decode_tok_s"] == pytest.approx(1 / row["tpot_s"]["median"])
     assert row["decode_share"] == pytest.approx(
         batch["decode_bytes"] * row["decode_tok_s"] / result["limits"]["read_bytes_per_s"]
@@ -46,42 +49,44 @@ def test_latency(capsys):
     assert batch["against"] is None
 
 
-def test_throughput_is_a_table_with_a_row_for_each_batch(capsys):
-    arguments = example("throughput", capsys)
-    assert main(["bench", *arguments[:-1], "1", "--mesh", "ep=2,tp=1"]) == 0
-    out, err = capsys.readouterr()
-    rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["batch", "runtime", "prefill/s", "decode/s", "all/s", "peak", "read"]
-    assert [row[:2] for row in rows[2:]] == [["1", "moejax"], ["4", "moejax"]]
-    assert "limits " in err
+def test_throughput_is_a_table_of_runtimes_and_a_line_of_ratios():
+    spread = {"median": 2e-3, "low": 1e-3, "high": 4e-3}
+    row = {"ttft_s": spread, "tpot_s": spread} | dict.fromkeys(("prefill_share", "decode_share"), 0.5)
+    row |= dict.fromkeys(("prefill_tok_s", "decode_tok_s", "total_tok_s"), 1234.5)
+    peer = "transformers grouped_mm"
+    against = {"prefill_ratio": 1.5, "prefill_best_peer": peer, "decode_ratio": 2.0, "decode_best_peer": peer}
+    rows = [row | {"contender": name} for name in ("moejax", peer)]
+    batch = {"batch_size": 1, "rows": rows, "against": against | {"same_tokens": 1.0}}
+    table, line = table_of({"benchmark": "throughput", "batches": [batch]})
+    lines = printed(table)
+    assert [lines[0].split()[0], *lines[2].split()] == ["batch", "1", "moejax", "1234", "1234", "1234", "50%", "50%"]
+    assert line.startswith(f"batch 1: prefill 1.50 times {peer}, decode 2.00 times {peer}; 100% of the tokens")
+    lines = printed(table_of({"benchmark": "latency", "batches": [batch]})[0])
+    assert lines[2].split()[:5] == ["moejax", "2", "±75%", "2", "±75%"]
 
 
 def test_train(capsys):
     """A step on the same batch again lowers its loss; rates are of the median step."""
-    result = result_of([*example("train", capsys), "--mesh", "ep=2,tp=1"], capsys)
+    result = result_of(["train", "--batch-size", "2", "--seq-len", "32", "--mesh", "ep=2,tp=1"], capsys)
     (row,) = result["rows"]
     assert row["contender"] == "moejax" and result["against"] is None
-    assert row["losses"] == sorted(row["losses"], reverse=True) and len(row["losses"]) == 3
+    assert row["losses"] == sorted(row["losses"], reverse=True) and len(row["losses"]) == 2
     assert row["tok_s"] == pytest.approx(2 * 32 / row["seconds"]["median"])
     assert row["peak_share"] == pytest.approx(
         result["step_flops"] / row["seconds"]["median"] / result["limits"]["matrix_flops_per_s"]
     )
 
 
-def test_layer_collectives_and_their_examples(capsys):
-    arguments = example("layer", capsys)
-    arguments[arguments.index("64")] = "9"
-    result = result_of([*arguments[:-1], "1"], capsys)
-    cases = {(row["mesh"], row["tokens"]) for row in result["rows"]}
-    assert cases == {(mesh, tokens) for mesh in ("ep=1,tp=1", "ep=4,tp=2") for tokens in (8, 9)}
-    result = result_of(example("collectives", capsys), capsys)
-    assert {row["bytes"] for row in result["rows"]} == {16384, 1048576}
-    assert all(row["bytes_per_s"] == pytest.approx(row["bytes"] / row["seconds"]["median"]) for row in result["rows"])
+def test_layer_and_collectives(capsys):
+    result = result_of(["layer", "--tokens", "8", "--meshes", "ep=1,tp=1", "ep=4,tp=2"], capsys)
+    assert {(row["mesh"], row["tokens"]) for row in result["rows"]} == {("ep=1,tp=1", 8), ("ep=4,tp=2", 8)}
+    result = result_of(["collectives", "--mesh", "ep=4,tp=1", "--sizes", "4096"], capsys)
+    assert [(row["collective"], row["axes"]) for row in result["rows"]] == [("all_to_all", "ep"), ("psum", "ep")]
+    assert all(row["bytes_per_s"] == pytest.approx(4096 / row["seconds"]["median"]) for row in result["rows"])
 
 
 def test_loading_in_fresh_processes(capsys):
-    arguments = example("load", capsys)
-    result = result_of([*arguments[:-1], "1"], capsys)
+    result = result_of(["load"], capsys)
     (row,) = result["rows"]
     assert 16e6 < result["bytes"] < 17e6
     assert row["seconds"]["median"] > 0
@@ -90,19 +95,30 @@ def test_loading_in_fresh_processes(capsys):
 
 def test_a_config_alone_has_random_weights_which_do_not_stay(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    raw = json.loads((plot.Path(bench.__file__).parents[1] / "demo" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1}))
-    result = result_of(["load", "--config", str(tmp_path / "config.json"), "--rounds", "1"], capsys)
-    assert result["model"] == str(tmp_path / "config.json")
-    assert result["bytes"] < 16e6
+    raw = json.loads((Path(bench.__file__).parents[1] / "demo" / "config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(raw | {"num_hidden_layers": 1}))
+    lengths = ["--input-len", "4", "--output-len", "2"]
+    result = result_of(["latency", "--mesh", "ep=1,tp=1", "--config", str(file), *lengths], capsys)
+    assert result["model"] == str(file)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", *bench.BENCHMARKS])
+def test_the_examples_in_the_help_run(name, capsys):
+    assert bench.main([*name.split(), "--help"]) == 0
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:2] == ["moejax", "bench"]
+    assert main([*words[1:]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which benchmark? begin with one of latency, throughput"),
-        (["latencyy"], "there is no benchmark 'latencyy': begin with"),
+        ([], "which benchmark is not said; begin with one of latency, throughput"),
+        (["latencyy"], "there is no benchmark 'latencyy'; begin with"),
         (["latency", "--rounds", "0"], "--rounds 0 must be at least 1"),
         (["latency", "--output-len", "1"], "--output-len 1 must be at least 2"),
         (["throughput", "--batch-size", "4", "0"], "--batch-size 0 must be at least 1"),

@@ -36,15 +36,19 @@ class _Peer:
         return {"seconds": 1e-12}
 
 
-def test_limits_are_the_best_of_all_ways(mesh, monkeypatch):
+def test_limits_are_the_best_of_all_ways(monkeypatch):
     monkeypatch.setattr(probes, "_SIZES", {"cpu": (64,)})
     monkeypatch.setattr(probes, "_READ_BYTES", 1 << 20)
-    one = mesh("ep=1,tp=1")
-    own = probes.matrix_peak("float32", one), probes.read_bandwidth(one)
+    own = probes.matrix_peak("float32"), probes.read_bandwidth()
     assert 1e6 < own[0].rate < 1e15 and own[0].by in ("XLA 64", "grouped_matmul 64")
     assert 1e6 < own[1].rate < 1e13 and own[1].by in ("XLA row", "grouped_matmul row", "XLA sum")
-    assert probes.matrix_peak("bfloat16", one, _Peer()) == probes.Limit(2 * 64**3 / 1e-12, "torch 64")
-    assert probes.read_bandwidth(one, _Peer()) == probes.Limit((1 << 20) / 1e-12, "torch sum")
+    assert probes.matrix_peak("bfloat16", _Peer()) == probes.Limit(2 * 64**3 / 1e-12, "torch 64")
+    assert probes.read_bandwidth(_Peer()) == probes.Limit((1 << 20) / 1e-12, "torch sum")
+
+
+def test_virtual_devices_share_the_machine(mesh):
+    assert probes.chips(mesh("ep=4,tp=2")) == 1
+    assert probes.Limit(2.0, "a").times(3) == probes.Limit(6.0, "a")
 
 
 def test_blocks_of_every_mesh_and_strategy_are_timed(mesh):

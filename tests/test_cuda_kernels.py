@@ -15,10 +15,11 @@ HOPPERS = ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA
 OTHERS = ["NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA B200", "NVIDIA GB200", "NVIDIA GeForce RTX 4090", "cpu"]
 
 
-def kernel(kind, dtype, width=64):
+def kernel(kind, dtype, width=64, w=None):
     """Which kernel multiplies on a device of this kind, as a trace shows it."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
-    x, w, sizes = jnp.zeros((8, 32), dtype), jnp.zeros((2, 32, width), dtype), jnp.array([3, 4], jnp.int32)
+    w = jnp.zeros((2, 32, width), dtype) if w is None else w
+    x, sizes = jnp.zeros((8, 32), dtype), jnp.array([3, 4], jnp.int32)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("ep",), abstract_device=device)):
         traced = jax.make_jaxpr(lambda *a: cuda.products(*a, transposed=False, out_dtype=dtype))(x, w, sizes)
     return "hopper" if "wgmma" in str(traced) else "triton"
@@ -32,6 +33,8 @@ def test_hoppers_run_their_own_kernel(kind):
 def test_what_the_hopper_kernel_does_not_take_runs_in_triton():
     assert kernel(HOPPERS[0], jnp.float32) == "triton"
     assert kernel(HOPPERS[0], jnp.bfloat16, width=40) == "triton"
+    packed = PackedMatrix(jnp.zeros((2, 64, 1, 16), jnp.uint8), jnp.zeros((2, 64, 1), jnp.uint8))
+    assert kernel(HOPPERS[0], jnp.bfloat16, w=packed) == "triton"
 
 
 @pytest.mark.parametrize("kind", OTHERS)

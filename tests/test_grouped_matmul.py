@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_cases import by_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -32,16 +33,6 @@ def implementation(request, monkeypatch):
         pytest.skip("no C++ compiler here")
     for function in (with_gradients, with_input_gradient):
         function.clear_cache()  # what was traced for the other one
-
-
-def by_rows(x, w, sizes, dy):
-    """y, dx and dw, one row at a time in float64."""
-    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
-    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
-    for row, group in enumerate(np.repeat(np.arange(len(w)), sizes)):
-        y[row], dx[row] = x[row] @ w[group], dy[row] @ w[group].T
-        dw[group] += np.outer(x[row], dy[row])
-    return y, dx, dw
 
 
 @compiled

@@ -6,7 +6,6 @@ from grouped_cases import CASES, check
 from jax.experimental.pallas import mosaic_gpu
 
 from moejax.kernels import hopper
-from moejax.quantization.packed import PackedMatrix
 
 interpreted = pytest.mark.skipif(
     not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX has no public GPU interpreter"
@@ -43,8 +42,5 @@ def test_what_it_takes(dtype):
     assert not supports(64, 64, weights=jnp.float32) and not supports(64, 64, out_dtype=jnp.float32)
 
 
-def test_refuses_float32_and_packed_weights():
-    x, w = jnp.zeros((9, 64)), jnp.zeros((2, 64, 64))
-    assert not hopper.supports(x, w, transposed=False, out_dtype=jnp.float32)
-    packed = PackedMatrix(jnp.zeros((2, 64, 2, 16), jnp.uint8), jnp.zeros((2, 64, 2), jnp.uint8))
-    assert not hopper.supports(x.astype(jnp.bfloat16), packed, transposed=False, out_dtype=jnp.bfloat16)
+def test_refuses_float32():
+    assert not hopper.supports(jnp.zeros((9, 64)), jnp.zeros((2, 64, 64)), transposed=False, out_dtype=jnp.float32)

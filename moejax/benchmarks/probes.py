@@ -29,30 +29,34 @@ class Limit:
     rate: float
     by: str
 
+    def times(self, count: int) -> "Limit":
+        """Of `count` devices together."""
+        return Limit(self.rate * count, self.by)
 
-def matrix_peak(dtype: str, mesh: Mesh, peer: Child | None = None) -> Limit:
-    """FLOPs a second of a large square product in `dtype`: XLA's, the package's own kernel's, and the peer's.
 
-    All devices of an accelerator mesh together; virtual devices of a CPU share it, so it counts once.
-    """
-    sizes = _SIZES.get(_platform(mesh), _LARGE_SIZES)
+def chips(mesh: Mesh) -> int:
+    """Devices with a memory and arithmetic of their own: virtual devices of a CPU share one."""
+    return 1 if mesh.devices.flat[0].platform == "cpu" else mesh.devices.size
+
+
+def matrix_peak(dtype: str, peer: Child | None = None) -> Limit:
+    """FLOPs a second of a large square product in `dtype` on one chip: by XLA, the package's own kernel, the peer."""
+    sizes = _SIZES.get(jax.default_backend(), _LARGE_SIZES)
     found = [
         Limit(2 * n**3 / _seconds(way, *_square(n, dtype)), f"{name} {n}") for n in sizes for name, way in _PRODUCTS
     ]
-    found = [Limit(limit.rate * _chips(mesh), limit.by) for limit in found]
     if peer is not None:
         found += [Limit(2 * n**3 / peer.ask("matmul", dtype=dtype, size=n)["seconds"], f"torch {n}") for n in sizes]
     return max(found, key=lambda limit: limit.rate)
 
 
-def read_bandwidth(mesh: Mesh, peer: Child | None = None) -> Limit:
-    """Bytes a second that arrive from memory: XLA's sum of an array far over the caches, one row times a matrix of that
-    size by XLA and by the package's own kernel, and the peer's sum. As many devices as `matrix_peak` counts."""
+def read_bandwidth(peer: Child | None = None) -> Limit:
+    """Bytes a second that arrive from one chip's memory: XLA's sum of an array far over the caches, one row times a
+    matrix of that size by XLA and by the package's own kernel, and the peer's sum."""
     matrix = jnp.ones((_READ_BYTES // 4 // _WIDTH, _WIDTH), jnp.float32)
     row = jnp.ones((1, len(matrix)), jnp.float32)
     found = [Limit(matrix.nbytes / _seconds(way, row, matrix), f"{name} row") for name, way in _PRODUCTS]
     found.append(Limit(matrix.nbytes / _seconds(lambda matrix: matrix.sum(1), matrix), "XLA sum"))
-    found = [Limit(limit.rate * _chips(mesh), limit.by) for limit in found]
     if peer is not None:
         found.append(Limit(_READ_BYTES / peer.ask("read", size=_READ_BYTES)["seconds"], "torch sum"))
     return max(found, key=lambda limit: limit.rate)
@@ -87,11 +91,3 @@ def _seconds(function: Callable[..., jax.Array], *arrays: jax.Array) -> float:
         jax.block_until_ready(program(*arrays))
         seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def _platform(mesh: Mesh) -> str:
-    return mesh.devices.flat[0].platform
-
-
-def _chips(mesh: Mesh) -> int:
-    return 1 if _platform(mesh) == "cpu" else mesh.devices.size

@@ -40,7 +40,7 @@ _LIMITS = (
 )
 _BUSY = (
     "warning: others keep this machine busy (load {load:.1f} on {cores} cores). That slows contenders unequally, torch "
-    "most, whose threads wait for each other; measure again when it is quiet"
+    "most, whose threads spin while they wait for each other: measure when it is quiet, or set OMP_WAIT_POLICY=passive"
 )
 
 
@@ -92,8 +92,8 @@ def _show(result: Mapping[str, Any]) -> None:
 
 def _no_benchmark(args: argparse.Namespace) -> int:
     kinds = ", ".join(BENCHMARKS)
-    asked = f"there is no benchmark '{args.benchmark}'" if args.benchmark else "which benchmark?"
-    raise MoejaxError(f"{asked}: begin with one of {kinds} (see moejax bench --help)")
+    asked = f"there is no benchmark '{args.benchmark}'" if args.benchmark else "which benchmark is not said"
+    raise MoejaxError(f"{asked}; begin with one of {kinds} (see moejax bench --help)")
 
 
 def _parser() -> argparse.ArgumentParser:

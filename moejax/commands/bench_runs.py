@@ -20,7 +20,7 @@ from moejax.benchmarks.generation import OWN, Batch, Run, experts_hit, measure, 
 from moejax.benchmarks.layer import Case, block_of, layer_flops, time_layers
 from moejax.benchmarks.loading import measure_loading
 from moejax.benchmarks.peers import Child, check_installed, cpus, load_average, transformers_child
-from moejax.benchmarks.probes import matrix_peak, read_bandwidth
+from moejax.benchmarks.probes import chips, matrix_peak, read_bandwidth
 from moejax.benchmarks.random_weights import write_random_checkpoint
 from moejax.benchmarks.report import Limits, batch_result, timed, train_result
 from moejax.benchmarks.work import Work
@@ -83,13 +83,15 @@ def run_layer(args: argparse.Namespace) -> dict[str, Any]:
     with _rounds("layer", args.rounds) as tick:
         spreads = time_layers(moe, cases, dtype, args.rounds, tick)
     with console.status("probing this machine's limits"):
-        peak = matrix_peak(dtype, meshes[0])
+        peak = matrix_peak(dtype)
     rows = []
     for case in cases:
         rate = layer_flops(moe, case.tokens) / spreads[case.name].median
         facts = {"mesh": _axes(case.mesh), "strategy": case.strategy, "tokens": case.tokens}
-        rows.append(timed(spreads[case.name], **facts, flops_per_s=rate, peak_share=rate / peak.rate))
-    limits = {"matrix_flops_per_s": peak.rate, "matrix_by": peak.by}
+        rows.append(
+            timed(spreads[case.name], **facts, flops_per_s=rate, peak_share=rate / peak.rate / chips(case.mesh))
+        )
+    limits = {"matrix_flops_per_s_of_a_chip": peak.rate, "matrix_by": peak.by}
     return _setting(args, meshes[0], dtype) | {"limits": limits, "rows": rows}
 
 
@@ -134,7 +136,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
         held = peer.memory("VmHWM") if peer else 0
         peaks = {name: training.own_peak() if name == OWN else held for name in figures}
         with console.status("probing this machine's limits"):
-            peak = matrix_peak(dtype, mesh, peer)
+            peak = matrix_peak(dtype, peer).times(chips(mesh))
     flops = training.step_flops(work, args.batch_size, args.seq_len)
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len, "step_flops": flops}
     limit = {"limits": {"matrix_flops_per_s": peak.rate, "matrix_by": peak.by}}
@@ -155,7 +157,7 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
     rows = [timed(f.seconds, contender=name, peak_bytes=f.peak, added_ratio=f.ratio) for name, f in figures.items()]
     own, peer = figures[OWN], figures.get("transformers")
     against = peer and {"time_ratio": peer.seconds.median / own.seconds.median, "peak_ratio": own.peak / peer.peak}
-    return {"model": args.config or args.model, "dtype": dtype, "bytes": size, "rows": rows, "against": against}
+    return {"model": args.model, "dtype": dtype, "bytes": size, "rows": rows, "against": against}
 
 
 @contextlib.contextmanager
@@ -168,7 +170,6 @@ def _weights(args: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="moejax-bench-") as folder:
         with LoadingBar(f"writing random weights of {args.config}") as progress:
             write_random_checkpoint(Path(folder), raw, args.dtype, progress)
-        args.model = args.config
         yield Path(folder)
 
 
@@ -177,6 +178,7 @@ def _raw_config(args: argparse.Namespace) -> dict[str, Any]:
         return read_json(agree_on(args), "config.json")
     if args.model != "demo":
         raise MoejaxError(f"--model {args.model} and --config {args.config} were given together; use one of them")
+    args.model = args.config
     path = Path(args.config).expanduser()
     return read_json(path, "config.json") if path.is_dir() else read_json(path.parent, path.name)
 
@@ -220,7 +222,8 @@ def _peers(peer: Child | None, batch: Batch, work: Work) -> dict[str, Callable[[
 
 def _limits(dtype: str, mesh: Mesh, peer: Child | None) -> Limits:
     with console.status("probing this machine's limits"):
-        return Limits(matrix_peak(dtype, mesh, peer), read_bandwidth(mesh, peer))
+        count = chips(mesh)
+        return Limits(matrix_peak(dtype, peer).times(count), read_bandwidth(peer).times(count))
 
 
 @contextlib.contextmanager
@@ -234,9 +237,8 @@ def _rounds(title: str, rounds: int) -> Iterator[Callable[[str, int], None]]:
 
 def _setting(args: argparse.Namespace, mesh: Mesh, dtype: str) -> dict[str, Any]:
     """What a figure means nothing without."""
-    shared = {"model": args.model, "strategy": args.strategy} if "strategy" in args else {}
     return {
-        **shared,
+        **{name: getattr(args, name) for name in ("model", "strategy") if name in args},
         "mesh": _axes(mesh),
         "devices": describe(mesh),
         "dtype": dtype,

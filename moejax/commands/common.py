@@ -11,6 +11,7 @@ from typing import NoReturn
 import jax
 
 from moejax import compat, distributed, mesh
+from moejax.commands.kept_programs import keep_programs
 from moejax.errors import MoejaxError
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -124,9 +125,10 @@ def leave(code: int) -> NoReturn:
 
 
 def _enter(args: argparse.Namespace) -> None:
-    """The platform, the mesh and the launch, in this order: all of it before a JAX backend starts."""
+    """The platform, kept programs, the mesh and the launch: all of it before a JAX backend starts."""
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
+    keep_programs()
     if "mesh" in args:
         args.mesh = compat.translate(args)
         if args.mesh is not None:

@@ -23,6 +23,7 @@ def products(
     out_dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
     """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group."""
-    if _HOPPER.search(device_of(x).device_kind) and hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype):
-        return hopper.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
-    return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
+    if isinstance(w, PackedMatrix) or not _HOPPER.search(device_of(x).device_kind):
+        return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
+    kernel = hopper if hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype) else triton
+    return kernel.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)

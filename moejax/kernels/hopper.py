@@ -1,13 +1,15 @@
-"""Grouped products on Hopper GPUs by the kernel that JAX ships for them, which takes 16-bit floats and even widths.
+"""Grouped products on Hopper GPUs by the kernel that JAX ships for them: 16-bit floats, widths in multiples of 32.
 
 It has no weight gradient that compiles for a GPU that is not there; `triton` serves that on Hopper too.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moejax.quantization.packed import PackedMatrix
 from moejax.sharding import pad_axis, round_up, varying_as
 
 _ROWS = 8
@@ -17,14 +19,16 @@ _WIDTH = 32
 """Both widths must be multiples: the kernel copies rows of 64 or 128 bytes, which may not be cut at the end."""
 
 
-def supports(x: Float[Array, "M K"], w: Array | PackedMatrix, *, transposed: bool, out_dtype: DTypeLike) -> bool:
+def supports(x: Float[Array, "M K"], w: Float[Array, "G _ _"], *, transposed: bool, out_dtype: DTypeLike) -> bool:
     """Whether the kernel takes operands of these shapes and dtypes."""
-    if isinstance(w, PackedMatrix) or x.dtype not in (jnp.bfloat16, jnp.float16):
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     width = w.shape[1] if transposed else w.shape[2]
     return x.dtype == w.dtype == out_dtype and x.shape[1] % _WIDTH == 0 and width % _WIDTH == 0
 
 
+# Compiled apart, so that the layers of a model share one trace.
+@functools.partial(jax.jit, static_argnames=("transposed", "out_dtype"))
 def products(
     x: Float[Array, "M K"],
     w: Float[Array, "G K N"] | Float[Array, "G N K"],

@@ -1,6 +1,7 @@
 """Grouped products on NVIDIA GPUs of any age, as Triton kernels: float32, float16, bfloat16 and packed matrices.
 
-A tile of rows never straddles two groups, so each program multiplies by one group's matrix, which it reads once.
+A tile of rows never straddles two groups, so each program multiplies by one group's matrix. JAX 0.12 calls this backend
+of Pallas deprecated, and warns where it is lowered; the other one has no float32 products and no GPU before Hopper.
 """
 
 import functools
@@ -29,6 +30,8 @@ class _Tile(NamedTuple):
     inner: int
 
 
+# Compiled apart, so that the layers of a model share one trace.
+@functools.partial(jax.jit, static_argnames=("transposed", "out_dtype", "interpret"))
 def products(
     x: Float[Array, "M K"],
     w: Float[Array, "G K N"] | Float[Array, "G N K"] | PackedMatrix,
@@ -70,6 +73,7 @@ def products(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "out_dtype", "interpret"))
 def weight_gradient(
     x: Float[Array, "M K"],
     dy: Float[Array, "M N"],
@@ -186,7 +190,7 @@ def _range(size: int) -> jax.Array:
 
 
 def _tile(rows: int, groups: int, dtype: DTypeLike) -> _Tile:
-    """As many rows as a group has on average, but 16 at least, the fewest that Triton multiplies; float32 takes half."""
+    """As many rows as a group has on average, and 16 at least, the fewest that Triton multiplies; less in float32."""
     side = 64 if jnp.dtype(dtype) == jnp.float32 else 128
     average = pl.cdiv(rows, groups)
     return _Tile(max(16, min(side, pl.next_power_of_2(average))), side, 32)

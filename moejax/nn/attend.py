@@ -4,17 +4,12 @@ One rule says who sees what (`attend_places`), so that whole sequences, prompts 
 cache are one function.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.attention import blockwise
-from moejax.kernels.attention.sight import Keys, Queries, queries_at
+from moejax.kernels.attention.platforms import attention
+from moejax.kernels.attention.sight import Keys, queries_at
 from moejax.nn.segments import segment_starts
-from moejax.sharding import varying_as
 
 
 def attend_places(
@@ -49,23 +44,8 @@ def attend_places(
     Returns:
       In v's dtype. Differentiable in q, k, v and sinks, with memory for one pair of blocks of scores.
     """
-    batch, length, heads, width = q.shape
-    shape = (batch, length, k.shape[1], heads // k.shape[1], width)
-    queries = queries_at(q_places, q_segments, window, chunk)
-    operands = (
-        jnp.moveaxis(q.reshape(shape), 1, 3),
-        k,
-        v,
-        None if sinks is None else sinks.reshape(shape[2:4]),
-        queries,
-        Keys(k_places, k_segments),
-    )
-    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
-    # devices.
-    leaves = jax.tree.leaves(operands)
-    operands = jax.tree.map(lambda x: varying_as(x, *leaves), operands)
-    out = _attend(width**-0.5 if scale is None else scale, *operands)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, v.shape[-1])
+    queries, keys = queries_at(q_places, q_segments, window, chunk), Keys(k_places, k_segments)
+    return attention(q, k, v, sinks, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def attend_causal(
@@ -105,60 +85,3 @@ def attend_causal(
         scale=scale,
         sinks=sinks,
     )
-
-
-Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    scale: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: jax.Array | None,
-    queries: Queries,
-    keys: Keys,
-) -> jax.Array:
-    return _forward(scale, q, k, v, sinks, queries, keys)[0]
-
-
-def _forward(
-    scale: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: jax.Array | None,
-    queries: Queries,
-    keys: Keys,
-) -> tuple[jax.Array, Saved]:
-    def run(dtype, *operands):
-        return blockwise.forward(*operands, scale=scale, dtype=dtype)
-
-    operands = (q, k, v, sinks, queries, keys)
-    # XLA multiplies narrow types several times slower than f32 on CPU; a block is widened where it lies in the cache.
-    out, logs = lax.platform_dependent(
-        *operands, cpu=functools.partial(run, jnp.float32), default=functools.partial(run, v.dtype)
-    )
-    return out, (*operands, out, logs)
-
-
-def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
-    q, k, v, sinks, queries, keys, out, logs = saved
-
-    def run(dtype, *operands):
-        return blockwise.backward(*operands, scale=scale, dtype=dtype)
-
-    operands = (q, k, v, queries, keys, out, logs, dout)
-    dq, dk, dv = lax.platform_dependent(
-        *operands, cpu=functools.partial(run, jnp.float32), default=functools.partial(run, v.dtype)
-    )
-    dsinks = None
-    if sinks is not None:
-        share = jnp.exp(sinks.astype(jnp.float32)[:, :, None] - logs)
-        lost = share * jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1)
-        dsinks = -lost.sum((0, 3)).astype(sinks.dtype)
-    return dq, dk, dv, dsinks, None, None
-
-
-_attend.defvjp(_forward, _backward)

@@ -76,10 +76,12 @@ class HeadShare:
         helper = lax.axis_index(self.stream.ep)
         first = helper * self.heads
         mine: dict[str, jax.Array | Block] = dict(params)
-        for name in heads.keys() & params.keys():
-            mine[name] = Block(params[name], helper, heads[name], self.helpers)
-        for name in kv_heads.keys() & params.keys():
-            mine[name] = self._kv_block(params[name], kv_heads[name], first)
+        # In the order of the parameters: that of a set differs from process to process, and with it the program's text.
+        for name in params:
+            if name in heads:
+                mine[name] = Block(params[name], helper, heads[name], self.helpers)
+            elif name in kv_heads:
+                mine[name] = self._kv_block(params[name], kv_heads[name], first)
         return {name: value if name in linear else array_of(value) for name, value in mine.items()}
 
     def _kv_block(self, whole: jax.Array, axis: int, first: jax.Array) -> jax.Array | Block:

@@ -16,6 +16,9 @@ QUERY_BLOCK = 128
 KEY_BLOCK = 1024
 """Keys scored at once at most, when queries are few."""
 
+LOW = -1e30
+"""Below every score. Hidden scores are lower still, so that their powers are zero even where all are hidden."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -71,27 +74,35 @@ def _start(i: jax.Array, size: int, length: int) -> jax.Array:
 
 
 def spans(queries: Queries, keys: Keys, blocks: Blocks) -> tuple[Int[Array, " I"], Int[Array, " I"]]:
-    """For each block of queries the first block of keys that some query may see, and one past the last."""
-    live = _live(queries, keys, blocks)
-    count = live.shape[1]
+    """For each block of queries the first block of keys that some query of some row may see, and one past the last."""
+    return _ends_of(_live(queries, keys, blocks).any(axis=-1))
+
+
+def row_spans(queries: Queries, keys: Keys, blocks: Blocks) -> tuple[Int[Array, "I B"], Int[Array, "I B"]]:
+    """The same for each row by itself."""
+    return _ends_of(_live(queries, keys, blocks))
+
+
+def _ends_of(live: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Along axis 1 the first that is true and one past the last; nothing where none is."""
     first = jnp.argmax(live, axis=1).astype(jnp.int32)
-    past = count - jnp.argmax(live[:, ::-1], axis=1).astype(jnp.int32)
+    past = live.shape[1] - jnp.argmax(live[:, ::-1], axis=1).astype(jnp.int32)
     return first, jnp.where(live.any(axis=1), past, first)
 
 
-def _live(queries: Queries, keys: Keys, blocks: Blocks) -> Bool[Array, "I J"]:
-    """Pairs of blocks that may hold a visible pair in some row, judged by the ends of their places and segments."""
+def _live(queries: Queries, keys: Keys, blocks: Blocks) -> Bool[Array, "I J B"]:
+    """Pairs of blocks that may hold a visible pair, judged by the ends of their places and segments."""
 
-    def ends(x: jax.Array, size: int, low: int, high: int) -> tuple[jax.Array, jax.Array]:
-        return query_blocks(x, 1, size, low).min(-1), query_blocks(x, 1, size, high).max(-1)
+    def lowest(x: jax.Array, size: int) -> jax.Array:
+        return query_blocks(x, 1, size, NOWHERE).min(-1)
 
-    first, _ = ends(queries.first, blocks.queries, NOWHERE, NOWHERE)
-    _, last = ends(queries.last, blocks.queries, -1, -1)
-    lowest, _ = ends(jnp.where(keys.places < 0, NOWHERE, keys.places), blocks.keys, NOWHERE, NOWHERE)
-    _, highest = ends(keys.places, blocks.keys, -1, -1)
-    live = (first[:, None] <= highest) & (lowest <= last[:, None])
+    def highest(x: jax.Array, size: int) -> jax.Array:
+        return query_blocks(x, 1, size, -1).max(-1)
+
+    q, k = blocks.queries, blocks.keys
+    live = lowest(queries.first, q)[:, None] <= highest(keys.places, k)
+    live &= lowest(jnp.where(keys.places < 0, NOWHERE, keys.places), k) <= highest(queries.last, q)[:, None]
     if queries.segments is not None and keys.segments is not None:
-        low, high = ends(queries.segments, blocks.queries, NOWHERE, -1)
-        key_low, key_high = ends(keys.segments, blocks.keys, NOWHERE, -1)
-        live &= (low[:, None] <= key_high) & (key_low <= high[:, None])
-    return live.any(axis=-1)
+        live &= lowest(queries.segments, q)[:, None] <= highest(keys.segments, k)
+        live &= lowest(keys.segments, k) <= highest(queries.segments, q)[:, None]
+    return live

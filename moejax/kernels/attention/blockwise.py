@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moejax.kernels.attention.blocks import (
+    LOW,
     Blocks,
     block_of_keys,
     blocks_of_queries,
@@ -25,37 +26,35 @@ from moejax.kernels.attention.sight import Keys, Queries, visible
 from moejax.precision import precision_of
 from moejax.sharding import varying_as
 
-LOW = -1e30
-"""Below every score. Hidden scores are lower still, so that their powers are zero even where all are hidden."""
-
 State: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """The largest score so far, the sum of powers and the sum of values, f32 `[B, G, I, S]`, the last also by Hv."""
 
 
 def forward(
-    q: Float[Array, "B G I S H"],
+    q: Float[Array, "B S N H"],
     k: Float[Array, "B G T H"],
     v: Float[Array, "B G T Hv"],
-    sinks: Float[Array, "G I"] | None,
+    sinks: Float[Array, " N"] | None,
     queries: Queries,
     keys: Keys,
     *,
     scale: float,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B G I S Hv"], Float[Array, "B G I S"]]:
+) -> tuple[Float[Array, "B S N Hv"], Float[Array, "B S N"]]:
     """Attention, and the logarithm of the sum of each query's powers.
 
     Args:
-      q, k, v: I query heads for each of G key/value heads.
+      q, k, v: N query heads over G key/value heads.
       sinks: a score for each head that takes part in the softmax and brings no value.
       queries, keys: who sees what; a query that sees nothing gets zeros.
       scale: of the scores.
       dtype: of the operands of the products; sums are f32.
 
     Returns:
-      Attention in q's dtype, and the f32 logarithms.
+      Attention in v's dtype, and the f32 logarithms.
     """
-    blocks = Blocks.of(q.shape[3], k.shape[2])
+    length, groups = q.shape[1], k.shape[1]
+    blocks = Blocks.of(length, k.shape[2])
     first, past = spans(queries, keys, blocks)
 
     def of_queries(block: tuple[jax.Array, Queries, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -70,26 +69,27 @@ def forward(
         total = jnp.where(total > 0, total, 1)  # of those that see nothing
         return (values / total[..., None]).astype(v.dtype), largest + jnp.log(total)
 
-    cut = (query_blocks(q, 3, blocks.queries), blocks_of_queries(queries, blocks.queries), first, past)
-    out, logs = lax.map(of_queries, cut)
-    return whole(out, 3, q.shape[3]), whole(logs, 3, q.shape[3])
+    cut = query_blocks(_grouped(q, groups), 3, blocks.queries)
+    out, logs = lax.map(of_queries, (cut, blocks_of_queries(queries, blocks.queries), first, past))
+    return _ungrouped(whole(out, 3, length)), _ungrouped(whole(logs, 3, length))
 
 
 def backward(
-    q: Float[Array, "B G I S H"],
+    q: Float[Array, "B S N H"],
     k: Float[Array, "B G T H"],
     v: Float[Array, "B G T Hv"],
     queries: Queries,
     keys: Keys,
-    out: Float[Array, "B G I S Hv"],
-    logs: Float[Array, "B G I S"],
-    dout: Float[Array, "B G I S Hv"],
+    out: Float[Array, "B S N Hv"],
+    logs: Float[Array, "B S N"],
+    dout: Float[Array, "B S N Hv"],
     *,
     scale: float,
     dtype: DTypeLike,
-) -> tuple[Float[Array, "B G I S H"], Float[Array, "B G T H"], Float[Array, "B G T Hv"]]:
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B G T H"], Float[Array, "B G T Hv"]]:
     """The gradients of q, k and v, given what `forward` returned and the gradient of its first result."""
-    blocks = Blocks.of(q.shape[3], k.shape[2])
+    length, groups = q.shape[1], k.shape[1]
+    blocks = Blocks.of(length, k.shape[2])
     first, past = spans(queries, keys, blocks)
 
     def of_queries(sums: tuple[jax.Array, jax.Array], block: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -111,10 +111,20 @@ def backward(
         return (dk, dv), dq
 
     shared = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-    cut = (query_blocks(x, 3, blocks.queries) for x in (q, dout, logs, shared))
+    cut = (query_blocks(_grouped(x, groups), 3, blocks.queries) for x in (q, dout, logs, shared))
     zeros = (_zeros(k.shape, q), _zeros(v.shape, q))
     (dk, dv), dq = lax.scan(of_queries, zeros, (*cut, blocks_of_queries(queries, blocks.queries), first, past))
-    return whole(dq, 3, q.shape[3]).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return _ungrouped(whole(dq, 3, length)).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _grouped(x: Float[Array, "B S N ..."], groups: int) -> Float[Array, "B G I S ..."]:
+    """The query heads of each key/value head side by side, and their queries as rows."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 1, 3)
+
+
+def _ungrouped(x: Float[Array, "B G I S ..."]) -> Float[Array, "B S N ..."]:
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, scale: float) -> Float[Array, "B G I Q K"]:
@@ -125,7 +135,7 @@ def _scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, scale: flo
 def _initial(q: jax.Array, sinks: jax.Array | None, v: jax.Array) -> State:
     """Nothing taken in yet, or the sinks alone."""
     sums = q.shape[:-1]
-    largest = jnp.full((1, 1), LOW) if sinks is None else sinks.astype(jnp.float32)
+    largest = jnp.full(sums[1:3], LOW) if sinks is None else sinks.astype(jnp.float32).reshape(sums[1:3])
     largest = varying_as(jnp.broadcast_to(largest[:, :, None], sums), q)
     total = jnp.full_like(largest, 0 if sinks is None else 1)
     return largest, total, _zeros((*sums, v.shape[-1]), q)

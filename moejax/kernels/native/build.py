@@ -21,6 +21,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from moejax.user_cache import user_cache
+
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 COMPILERS = ("c++", "g++", "clang++")
@@ -41,7 +43,7 @@ def load() -> ctypes.CDLL:
     compiler = _compiler()
     name = f"native-{_key(compiler)}.so"
     try:
-        folder = _cache_folder()
+        folder = user_cache()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
         if not _whole(path):
@@ -83,11 +85,6 @@ def _key(compiler: list[str]) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "moejax"
 
 
 def _whole(path: Path) -> bool:

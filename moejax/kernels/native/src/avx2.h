@@ -18,21 +18,20 @@ namespace moejax::avx2 {
 #define MOEJAX_LANES 8
 #define MOEJAX_VECTORS 2
 #define MOEJAX_ROWS 6
+#define MOEJAX_SPLATS 8
 #include "vectors.h"
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
+#undef MOEJAX_SPLATS
 
 // Eight floats made of eight bfloat16.
 struct WidenedRows {
-  template <int V>
-  static MOEJAX_INLINE void Read(const char* b, int64_t b_stride, int64_t step, Vec (&out)[V]) {
-    for (int v = 0; v < V; ++v) {
-      __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + step * b_stride) + v);
-      out[v] = (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
-    }
+  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
+    __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + step * b_stride + 2 * column));
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
   }
-  static constexpr int kColumnBytes = 2;
+  static constexpr int kRows = 1, kBytes = 2;
 };
 
 inline void Transpose8(const char* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
@@ -72,9 +71,10 @@ constexpr Isa MakeIsa() {
   Isa isa{};
   isa.name = "avx2";
   isa.tile_rows = kRows;
-  isa.tile_f32 = TileRows<Floats, Cells>;
-  isa.tile_bf16_rows = TileRows<Floats, WidenedRows>;
-  isa.dots_f32 = DotsOfAll<Floats>;
+  isa.tile_f32 = Tiles<Floats>;
+  isa.stream_f32 = StreamRows<Floats, FloatRows>;
+  isa.stream_bf16 = StreamRows<Floats, WidenedRows>;
+  isa.dots_f32 = DotRows<Floats>;
   isa.transpose = TransposeBlocks;
   isa.widen = Widen;
   isa.narrow = Narrow;

@@ -19,18 +19,16 @@ namespace moejax::avx512 {
 #define MOEJAX_LANES 16
 #define MOEJAX_VECTORS 4
 #define MOEJAX_ROWS 6
+#define MOEJAX_SPLATS 16
 #include "vectors.h"
 
 // Sixteen floats made of sixteen bfloat16.
 struct WidenedRows {
-  template <int V>
-  static MOEJAX_INLINE void Read(const char* b, int64_t b_stride, int64_t step, Vec (&out)[V]) {
-    for (int v = 0; v < V; ++v) {
-      __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + step * b_stride) + v);
-      out[v] = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-    }
+  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
+    __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + step * b_stride + 2 * column));
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
   }
-  static constexpr int kColumnBytes = 2;
+  static constexpr int kRows = 1, kBytes = 2;
 };
 
 // Four rows' 128-bit quarters change places with the rows: the last two steps of a transposition.
@@ -101,9 +99,10 @@ constexpr Isa MakeIsa() {
   Isa isa{};
   isa.name = "avx512";
   isa.tile_rows = kRows;
-  isa.tile_f32 = TileRows<Floats, Cells>;
-  isa.tile_bf16_rows = TileRows<Floats, WidenedRows>;
-  isa.dots_f32 = DotsOfAll<Floats>;
+  isa.tile_f32 = Tiles<Floats>;
+  isa.stream_f32 = StreamRows<Floats, FloatRows>;
+  isa.stream_bf16 = StreamRows<Floats, WidenedRows>;
+  isa.dots_f32 = DotRows<Floats>;
   isa.transpose = TransposeBlocks;
   isa.widen = Widen;
   isa.narrow = Narrow;

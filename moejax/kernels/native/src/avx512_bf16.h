@@ -17,6 +17,7 @@ namespace moejax::avx512_bf16 {
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
+#undef MOEJAX_SPLATS
 
 struct Pairs {
   static MOEJAX_INLINE Vec MultiplyAdd(Vec sum, Vec a, Vec b) {
@@ -35,15 +36,16 @@ MOEJAX_INLINE void Interleave32(const void* first, const void* second, Vec& low,
   high = (Vec)_mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b);
 }
 
-// One step of pairs made of two rows of bfloat16.
+// Sixteen pairs made of two rows of bfloat16.
 struct PairedRows {
-  template <int V>
-  static MOEJAX_INLINE void Read(const char* b, int64_t b_stride, int64_t step, Vec (&out)[V]) {
-    const char* first = b + 2 * step * b_stride;
-    for (int v = 0; v < V; v += 2)
-      Interleave32(first + v * 32, first + b_stride + v * 32, out[v], out[v + 1]);
+  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
+    const char* first = b + 2 * step * b_stride + 2 * column;
+    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + b_stride));
+    __m512i index = _mm512_load_si512(kFirstPairs);
+    return (Vec)_mm512_permutex2var_epi16(_mm512_castsi256_si512(low), index, _mm512_castsi256_si512(high));
   }
-  static constexpr int kColumnBytes = 2;
+  static constexpr int kRows = 2, kBytes = 2;
 };
 
 inline void Interleave(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* dst) {
@@ -61,9 +63,9 @@ constexpr Isa MakeIsa() {
   Isa isa = avx512::kIsa;
   isa.name = "avx512_bf16";
   isa.tile_rows_pairs = kRows;
-  isa.tile_pairs = TileRows<Pairs, Cells>;
-  isa.tile_bf16_rows = TileRows<Pairs, PairedRows>;
-  isa.dots_pairs = DotsOfAll<Pairs>;
+  isa.tile_pairs = Tiles<Pairs>;
+  isa.stream_bf16 = StreamRows<Pairs, PairedRows>;
+  isa.dots_pairs = DotRows<Pairs>;
   isa.interleave = Interleave;
   return isa;
 }

@@ -78,22 +78,20 @@ class BlockProduct {
   }
 
   void Run() {
-    sums_stride_ = (block_.columns + kPanel - 1) / kPanel * kPanel;
+    // A cache line more than whole panels: rows a power of two apart would fall on the same few lines of the cache.
+    sums_stride_ = (block_.columns + kPanel - 1) / kPanel * kPanel + 16;
     sums_ = reinterpret_cast<float*>(scratches_.sums.Cells(block_.rows * sums_stride_));
-    if (steps_ == 0) std::fill_n(sums_, block_.rows * sums_stride_, 0.0f);
-    int64_t slice = Slice();
+    if (steps_ == 0 || few_) std::fill_n(sums_, block_.rows * sums_stride_, 0.0f);
+    int64_t slice = std::max<int64_t>(Slice(), 1);
     for (int64_t step = 0; step < steps_; step += slice) {
       Span span{step, std::min(slice, steps_ - step)};
       Operand left = LeftCells(span);
-      for (int64_t column = 0; column < block_.columns; column += kPanel) Panel(left, span, column);
+      for (int64_t column = Streamed(left, span); column < block_.columns; column += kPanel) Panel(left, span, column);
     }
     WriteOut();
   }
 
  private:
-  // Up to this many rows, the right operand is used so little that packing it would cost more than it saves.
-  static constexpr int64_t kFewRows = 12;
-
   struct Operand {
     const char* data;
     int64_t stride;  // bytes
@@ -102,10 +100,11 @@ class BlockProduct {
     int64_t step, count;  // of cells
   };
 
-  // Steps of the depth that are done at once.
+  // Steps of the depth that are done at once. Few rows: all of them, unless columns have to be unpacked first. Many: so
+  // many that a packed panel fits the second-level cache several times.
   int64_t Slice() const {
-    if (!few_) return 256;                          // a packed panel fits the second-level cache several times
-    return block_.right.columns_first ? 1024 : 16;  // the latter: as many streams as prefetchers follow
+    if (!few_) return 256;
+    return !block_.right.columns_first || InPlace(block_.right.type) ? steps_ : 1024;
   }
 
   int64_t Element(Span span) const { return span.step * per_cell_; }
@@ -193,6 +192,17 @@ class BlockProduct {
     return {reinterpret_cast<const char*>(cells), 4 * span.count};
   }
 
+  // Few rows times whole panels of a right operand that is read where it lies; the number of columns done.
+  int64_t Streamed(Operand left, Span span) {
+    const Right& right = block_.right;
+    Stream stream = right.type == Type::kF32 ? isa_.stream_f32 : isa_.stream_bf16;
+    if (!few_ || right.columns_first || !stream || block_.depth % per_cell_) return 0;
+    int64_t columns = block_.columns / kPanel * kPanel;
+    stream(block_.rows, span.count, columns, left.data, left.stride, right.data + Element(span) * right.stride,
+           right.stride, sums_, sums_stride_);
+    return columns;
+  }
+
   void Panel(Operand left, Span span, int64_t column) {
     const Right& right = block_.right;
     int64_t columns = std::min(kPanel, block_.columns - column);
@@ -212,10 +222,7 @@ class BlockProduct {
                    {reinterpret_cast<const char*>(packed), 4 * kPanel}, sums, add);
     }
     const char* from = right.data + Element(span) * right.stride + column * SizeOf(right.type);
-    bool whole = few_ && columns == kPanel && Elements(span) == span.count * per_cell_;
-    if (whole && right.type == Type::kBf16 && isa_.tile_bf16_rows)
-      return Tiles(isa_.tile_bf16_rows, left, span.count, {from, right.stride}, sums, add);
-    Operand cells = StepCells(from, right.type, right.stride, Elements(span), columns, kPanel, whole);
+    Operand cells = StepCells(from, right.type, right.stride, Elements(span), columns, kPanel, false);
     Tiles(pairs_ ? isa_.tile_pairs : isa_.tile_f32, left, span.count, cells, sums, add);
   }
 

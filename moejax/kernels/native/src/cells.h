@@ -26,19 +26,28 @@ inline float WidenOne(uint16_t bits) {
 using Tile = void (*)(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
                       float* c, int64_t c_stride, bool add);
 
-// The same where b is [outputs, steps], each output's cells side by side.
+// The same where b lies in memory as it is given to us, [steps, columns] in floats or pairs of rows of bfloat16; columns
+// are a multiple of 16. It always adds. Made for few rows, whose speed is that of reading b: it walks along b's rows.
+using Stream = void (*)(int64_t rows, int64_t steps, int64_t columns, const char* a, int64_t a_stride, const char* b,
+                        int64_t b_stride, float* c, int64_t c_stride);
+
+// The same as Tile where b is [outputs, steps], each output's cells side by side.
 using Dots = void (*)(int64_t rows, int64_t outputs, int64_t steps, const char* a, int64_t a_stride, const char* b,
                       int64_t b_stride, float* c, int64_t c_stride, bool add);
 
-// What one instruction set does. Any pointer may be null but those of the portable table that are not about pairs: a
-// null `tile_bf16_rows` means that such rows are packed first, a null `tile_pairs` that bfloat16 is widened to floats.
+// The most rows that a Stream or Dots takes.
+constexpr int64_t kFewRows = 8;
+
+// What one instruction set does. A null `tile_pairs` means that bfloat16 is widened to floats; then `dots_pairs` and
+// `interleave` are null too. A null `stream_bf16` means that such rows are packed first.
 struct Isa {
   const char* name;
   int64_t tile_rows;        // the most rows that one call of tile_f32 takes
   int64_t tile_rows_pairs;  // and of tile_pairs
-  Tile tile_f32;            // cells are floats
-  Tile tile_pairs;          // cells are pairs of bfloat16
-  Tile tile_bf16_rows;      // b is not packed: rows of 64 bfloat16, b_stride apart; cells of a as this set multiplies them
+  Tile tile_f32;
+  Tile tile_pairs;
+  Stream stream_f32;
+  Stream stream_bf16;       // steps are pairs of rows where there is tile_pairs, else rows
   Dots dots_f32;
   Dots dots_pairs;
   // dst[c * dst_stride + r] = src[r][c], in cells; src_stride is bytes.

@@ -9,17 +9,20 @@ namespace moejax::portable {
 #define MOEJAX_LANES 4
 #define MOEJAX_VECTORS 2
 #define MOEJAX_ROWS 6
+#define MOEJAX_SPLATS 8
 #include "vectors.h"
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
+#undef MOEJAX_SPLATS
 
 constexpr Isa MakeIsa() {
   Isa isa{};
   isa.name = "portable";
   isa.tile_rows = kRows;
-  isa.tile_f32 = TileRows<Floats, Cells>;
-  isa.dots_f32 = DotsOfAll<Floats>;
+  isa.tile_f32 = Tiles<Floats>;
+  isa.stream_f32 = StreamRows<Floats, FloatRows>;
+  isa.dots_f32 = DotRows<Floats>;
   isa.transpose = Transpose;
   isa.widen = Widen;
   isa.narrow = Narrow;

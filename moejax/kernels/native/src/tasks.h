@@ -10,6 +10,7 @@ namespace moejax {
 
 constexpr int64_t kMostRows = 256;    // of a block: its slice of the left operand stays in the second-level cache
 constexpr int64_t kMostPanels = 4;    // of a block, for the same reason
+constexpr int64_t kMostFewPanels = 16;  // of a block of few rows: long rows of the right operand are read faster
 
 // Each group's first row and, last, one past the last group's last; never past `rows`, whatever the sizes say.
 inline std::vector<int64_t> GroupStarts(const int32_t* sizes, int64_t groups, int64_t rows) {
@@ -41,15 +42,18 @@ class Tasks {
   std::vector<Task> Cut() const {
     int64_t panels = (columns_ + kPanel - 1) / kPanel;
     int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-    int64_t each = std::clamp<int64_t>(panels * static_cast<int64_t>(parts_.size()) / (8 * cores), 1, kMostPanels);
+    int64_t share = panels * static_cast<int64_t>(parts_.size()) / (4 * cores);
     std::vector<Task> tasks;
-    for (const Task& part : parts_)
+    for (const Task& part : parts_) {
+      int64_t most = part.rows <= kFewRows ? kMostFewPanels : kMostPanels;
+      int64_t each = std::clamp<int64_t>(share, 1, most);
       for (int64_t column = 0; column < columns_; column += each * kPanel) {
         Task task = part;
         task.column = column;
         task.columns = std::min(each * kPanel, columns_ - column);
         tasks.push_back(task);
       }
+    }
     return tasks;
   }
 

@@ -1,10 +1,12 @@
 // The routines of one instruction set, written with the compiler's own vectors. No include guard: each instruction set
 // includes this in its namespace and under its target, with MOEJAX_LANES (floats in a vector), MOEJAX_VECTORS (vectors
-// in one row of a tile) and MOEJAX_ROWS (rows of a tile) chosen so that a tile's sums stay in registers.
+// in one row of a tile), MOEJAX_ROWS (rows of a tile) and MOEJAX_SPLATS (cells of a that a stream holds) chosen so that
+// all of them stay in registers.
 
 constexpr int kLanes = MOEJAX_LANES;
 constexpr int kVectors = MOEJAX_VECTORS;
 constexpr int kRows = MOEJAX_ROWS;
+constexpr int kSplats = MOEJAX_SPLATS;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
@@ -48,24 +50,15 @@ struct Floats {
   static MOEJAX_INLINE Vec MultiplyAdd(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 
-// How a step's vectors of b are read: here cells, packed or floats in place.
-struct Cells {
-  template <int V>
-  static MOEJAX_INLINE void Read(const char* b, int64_t b_stride, int64_t step, Vec (&out)[V]) {
-    for (int v = 0; v < V; ++v) out[v] = Load(b + step * b_stride + v * sizeof(Vec));
-  }
-  static constexpr int kColumnBytes = 4;
-};
-
-template <int R, class Multiply, class Reader>
+template <int R, class Multiply>
 void TileOf(int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c, int64_t c_stride,
             bool add) {
   for (int64_t column = 0; column < kPanel; column += kVectors * kLanes) {
     Vec sum[R][kVectors] = {};
-    const char* columns = b + column * Reader::kColumnBytes;
+    const char* columns = b + 4 * column;
     for (int64_t k = 0; k < steps; ++k) {
       Vec right[kVectors];
-      Reader::template Read<kVectors>(columns, b_stride, k, right);
+      for (int v = 0; v < kVectors; ++v) right[v] = Load(columns + k * b_stride + v * sizeof(Vec));
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         Vec left = Splat(a + r * a_stride + 4 * k);
@@ -82,11 +75,86 @@ void TileOf(int64_t steps, const char* a, int64_t a_stride, const char* b, int64
 }
 
 // Calls the tile that has exactly this many rows.
-template <class Multiply, class Reader, int R = kRows>
-void TileRows(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c,
-              int64_t c_stride, bool add) {
-  if (rows == R) return TileOf<R, Multiply, Reader>(steps, a, a_stride, b, b_stride, c, c_stride, add);
-  if constexpr (R > 1) TileRows<Multiply, Reader, R - 1>(rows, steps, a, a_stride, b, b_stride, c, c_stride, add);
+template <class Multiply, int R = kRows>
+void Tiles(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c,
+           int64_t c_stride, bool add) {
+  if (rows == R) return TileOf<R, Multiply>(steps, a, a_stride, b, b_stride, c, c_stride, add);
+  if constexpr (R > 1) Tiles<Multiply, R - 1>(rows, steps, a, a_stride, b, b_stride, c, c_stride, add);
+}
+
+// How one vector of a step's cells is read where b is not packed.
+struct FloatRows {
+  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
+    return Load(b + step * b_stride + 4 * column);
+  }
+  static constexpr int kRows = 1, kBytes = 4;  // rows of b in a step, bytes of one element
+};
+
+// Asks for n cache lines of b, whose rows of `width` bytes are taken one after the other. Left to itself a processor
+// fetches ahead within a page at most, and slower the more rows it sees side by side: in the order of their addresses
+// b's lines come up to twice as fast.
+class Ahead {
+ public:
+  MOEJAX_INLINE Ahead(const char* b, int64_t b_stride, int64_t width)
+      : at_(b), end_(b + width), skip_(b_stride - width), b_stride_(b_stride) {}
+
+  template <int n>
+  MOEJAX_INLINE void Fetch() {
+#pragma GCC unroll 16
+    for (int line = 0; line < n; ++line) __builtin_prefetch(at_ + 64 * line);
+    at_ += 64 * n;
+    if (at_ < end_) return;
+    at_ += skip_;
+    end_ += b_stride_;
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t skip_, b_stride_;
+};
+
+constexpr int kStepsAhead = 4;  // as long as the sums and these rows of 4 KB fit the first-level cache together
+
+// S steps at once, their cells of a in registers: the sums are read and written once for S rows of b.
+template <int R, int S, class Multiply, class Reader>
+void StreamSteps(int64_t columns, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c,
+                 int64_t c_stride) {
+  Vec left[R][S];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) left[r][s] = Splat(a + r * a_stride + 4 * s);
+  constexpr int kBytes = Reader::kRows * kLanes * Reader::kBytes;  // of b in one step of the loop below
+  Ahead ahead(b + kStepsAhead * Reader::kRows * b_stride, b_stride, columns * Reader::kBytes);
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    if (kBytes >= 64 || column * kBytes / kLanes % 64 == 0) ahead.Fetch<S * (kBytes >= 64 ? kBytes / 64 : 1)>();
+    Vec right[S];
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) right[s] = Reader::Read(b, b_stride, s, column);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vec sum = Load(c + r * c_stride + column);
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) sum = Multiply::MultiplyAdd(sum, left[r][s], right[s]);
+      Store(c + r * c_stride + column, sum);
+    }
+  }
+}
+
+template <class Multiply, class Reader, int R = kFewRows>
+void StreamRows(int64_t rows, int64_t steps, int64_t columns, const char* a, int64_t a_stride, const char* b,
+                int64_t b_stride, float* c, int64_t c_stride) {
+  if constexpr (R > 1) {
+    if (rows < R)
+      return StreamRows<Multiply, Reader, R - 1>(rows, steps, columns, a, a_stride, b, b_stride, c, c_stride);
+  }
+  constexpr int kAtOnce = 2 * R > kSplats ? 1 : 2;
+  const int64_t row_bytes = Reader::kRows * b_stride;
+  int64_t k = 0;
+  for (; k + kAtOnce <= steps; k += kAtOnce)
+    StreamSteps<R, kAtOnce, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
+  for (; k < steps; ++k)
+    StreamSteps<R, 1, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
 }
 
 template <int R, int O, class Multiply, bool kWhole>
@@ -108,8 +176,11 @@ void DotsOf(int64_t steps, const char* a, int64_t a_stride, const char* b, int64
             bool add) {
   Vec sum[R][O] = {};
   int64_t k = 0;
-  for (; k + kLanes <= steps; k += kLanes)
+  Ahead ahead(b + O * b_stride, b_stride, 4 * steps);
+  for (; k + kLanes <= steps; k += kLanes) {
+    if (4 * k % 64 == 0) ahead.Fetch<O>();
     DotStep<R, O, Multiply, true>(a + 4 * k, a_stride, b + 4 * k, b_stride, kLanes, sum);
+  }
   if (k < steps) DotStep<R, O, Multiply, false>(a + 4 * k, a_stride, b + 4 * k, b_stride, steps - k, sum);
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) {
@@ -118,27 +189,18 @@ void DotsOf(int64_t steps, const char* a, int64_t a_stride, const char* b, int64
     }
 }
 
-// Calls the block of dots that has exactly this many rows.
-template <int O, class Multiply, int R = 4>
-void DotRows(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c,
-             int64_t c_stride, bool add) {
-  if (rows == R) return DotsOf<R, O, Multiply>(steps, a, a_stride, b, b_stride, c, c_stride, add);
-  if constexpr (R > 1) DotRows<O, Multiply, R - 1>(rows, steps, a, a_stride, b, b_stride, c, c_stride, add);
-}
-
-template <class Multiply>
-void DotsOfAll(int64_t rows, int64_t outputs, int64_t steps, const char* a, int64_t a_stride, const char* b,
-               int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  for (int64_t o = 0; o < outputs;) {
-    bool four = o + 4 <= outputs;
-    const char* right = b + o * b_stride;
-    for (int64_t r = 0; r < rows; r += 4) {
-      auto dots = four ? DotRows<4, Multiply> : DotRows<1, Multiply>;
-      dots(rows - r < 4 ? rows - r : 4, steps, a + r * a_stride, a_stride, right, b_stride, c + r * c_stride + o,
-           c_stride, add);
-    }
-    o += four ? 4 : 1;
+// Outputs in blocks that leave the sums of up to 16 products in registers, then one at a time.
+template <class Multiply, int R = kFewRows>
+void DotRows(int64_t rows, int64_t outputs, int64_t steps, const char* a, int64_t a_stride, const char* b,
+             int64_t b_stride, float* c, int64_t c_stride, bool add) {
+  if constexpr (R > 1) {
+    if (rows < R) return DotRows<Multiply, R - 1>(rows, outputs, steps, a, a_stride, b, b_stride, c, c_stride, add);
   }
+  constexpr int kAtOnce = R > 4 ? 2 : 4;
+  int64_t o = 0;
+  for (; o + kAtOnce <= outputs; o += kAtOnce)
+    DotsOf<R, kAtOnce, Multiply>(steps, a, a_stride, b + o * b_stride, b_stride, c + o, c_stride, add);
+  for (; o < outputs; ++o) DotsOf<R, 1, Multiply>(steps, a, a_stride, b + o * b_stride, b_stride, c + o, c_stride, add);
 }
 
 inline void Transpose(const char* src, int64_t src_stride, int64_t rows, int64_t columns, uint32_t* dst,
