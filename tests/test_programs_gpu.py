@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from program_cases import TP, WIDTH, Case, compiled, documented_bytes, moved_bytes
+from program_cases import EP, TP, WIDTH, Case, compiled, documented_bytes, moved_bytes
 
 from moejax.planning.flops import dot_flops
 from moejax.planning.schedule import flights
@@ -14,6 +14,8 @@ pytestmark = pytest.mark.deviceless
 MIXTRAL, GPT_OSS, DEEPSEEK = "mixtral-8x7b", "gpt-oss-120b", "deepseek-v3"
 PREFILL = [Case(MIXTRAL), Case(GPT_OSS, slices=4), Case(DEEPSEEK, chunk=256)]
 DECODE = [Case(MIXTRAL, chunk=1), Case(GPT_OSS, chunk=1), Case(DEEPSEEK, chunk=1), Case(MIXTRAL, batch=1, chunk=1)]
+SHARES = 32
+"""The most programs of the attention kernel that share out the keys of one query, at 8k places."""
 KERNELS = {"mosaic_gpu_v2", "__gpu$xla.gpu.triton"}
 """Custom calls of our own kernels; all else must be visible to `dot_flops`."""
 
@@ -63,11 +65,16 @@ def scores(case):
 
 @all_cases
 def test_temporaries(case):
-    """At most w (P C (2 D + 3 F) + 6 T D) for the rows of a slice on their way through the experts and the stream, and
-    four times the logits in f32. Nothing grows with the experts, the weights or the cache."""
-    width = case.config.hidden_size
+    """At most w (P C (2 D + 3 F) + 6 T D) for the rows of a slice on their way through the experts and the stream, four
+    times the logits in f32, and when queries are few the partial results of those that share out the keys, also f32.
+    Nothing grows with the experts, the weights or the cache."""
+    width, mixer = case.config.hidden_size, case.config.layers[0].mixer
     rows = case.exchanged * (2 * width + 3 * case.hidden)
-    bound = WIDTH * (rows + 6 * case.tokens * width) + 4 * 4 * case.rows * case.config.vocab_size
+    heads = mixer.num_heads // TP // (1 if case.cut else EP)
+    value = mixer.kv_rank + mixer.rope.dim if hasattr(mixer, "kv_rank") else mixer.head_dim
+    partial = SHARES * case.tokens * heads * (value + 1) if case.chunk == 1 else 0
+    logits = 4 * case.rows * case.config.vocab_size
+    bound = WIDTH * (rows + 6 * case.tokens * width) + 4 * (logits + partial)
     assert compiled(case).executable.memory_analysis().temp_size_in_bytes <= bound
 
 
@@ -124,7 +131,7 @@ def test_slices_of_the_exchange_travel_behind_the_experts():
 
 
 def test_one_row_reads_its_part_of_the_head_where_it_is():
-    """Replicated rows divide a rank's vocabulary over ep: each device reads its block of the head, and copies nothing."""
+    """Replicated rows divide the vocabulary over ep: each device reads its block of the head, copying nothing."""
     case = Case(MIXTRAL, batch=1, chunk=1)
     for line in compiled(case).program.kernels():
         if "lm_head" in line.scope.split("/"):

@@ -117,16 +117,26 @@ def block_product(
 ) -> Float[Array, "M N"]:
     """`product` with the `index`-th matrix along `axis` (0, or 1 where not `transposed`) of `w`."""
 
-    def on_cpu(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
+    def sizes(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
+        """All rows belong to the one group."""
         here = jnp.arange(w.shape[axis], dtype=jnp.int32) == index
-        sizes = jnp.where(here, jnp.int32(x.shape[0]), jnp.int32(0))
-        return native.products(x, w, sizes, transposed=transposed, out_dtype=out_dtype, group_axis=axis)
+        return jnp.where(here, jnp.int32(x.shape[0]), jnp.int32(0))
+
+    def on_cpu(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
+        return native.products(x, w, sizes(x, w, index), transposed=transposed, out_dtype=out_dtype, group_axis=axis)
+
+    def on_cuda(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
+        from moejax.kernels import cuda
+
+        return cuda.products(x, w, sizes(x, w, index), transposed=transposed, out_dtype=out_dtype)
 
     def anywhere(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
         matrix = lax.dynamic_index_in_dim(w, index, axis, keepdims=False)
         return product(x, matrix, transposed=transposed, out_dtype=out_dtype)
 
-    return choose(x, w, index, kernels={"cpu": on_cpu}, default=anywhere)
+    # XLA cuts a block out first, which is a copy. The GPU's kernels take blocks that are whole matrices in memory.
+    kernels = {"cpu": on_cpu} if axis else {"cpu": on_cpu, "cuda": on_cuda}
+    return choose(x, w, index, kernels=kernels, default=anywhere)
 
 
 def _all_rows(x: jax.Array) -> jax.Array:

@@ -28,3 +28,14 @@ def _of_dot(line: Instruction, left: Instruction) -> int:
     assert found is not None, line
     contracted = math.prod(left.result[0].shape[int(axis)] for axis in found[1].split(",") if axis)
     return 2 * line.result[0].size * contracted
+
+
+def grouped_flops(program: Program) -> int:
+    """Those of our kernels for grouped products `x[M, K] w[G, K, N]`, all M rows filled; of the first wave alone."""
+    total = 0
+    for line in program.computations[program.entry]:
+        if line.opcode == "custom-call":
+            made = {other.name: other.result for other in program.computations[program.entry]}
+            (groups,) = (made[name][0].shape for name in line.operands if len(made[name][0].shape) == 3)
+            total += 2 * line.result[0].size * (math.prod(groups[1:]) // line.result[0].shape[1])
+    return total
