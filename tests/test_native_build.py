@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from moejax.kernels.native import available, build, library
+from moejax.user_cache import user_cache
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Path:
     """The real library in the user's cache."""
     assert available()
-    return build._cache_folder() / f"native-{build._key(build._compiler())}.so"
+    return user_cache() / f"native-{build._key(build._compiler())}.so"
 
 
 @pytest.fixture

@@ -203,7 +203,8 @@ def _train() -> argparse.ArgumentParser:
         "moejax bench train --platform cpu --batch-size 2 --seq-len 32 --rounds 2",
     )
     _add_common(parser)
-    _add_weights(parser)
+    add_model(parser)
+    _add_config(parser)
     add_mesh(parser)
     add_strategy(parser)
     _add_versus(parser, " in one process")

@@ -26,16 +26,11 @@ def forward(
     isa: int = BEST,
 ) -> tuple[Float[Array, "B S N Hv"], Float[Array, "B S N"]]:
     """What `blockwise.forward` returns, from the same arguments; tests choose an instruction set by its index `isa`."""
-    none = jnp.zeros((0, 0), jnp.int32)
-    segmented = queries.segments is not None and keys.segments is not None
-    vectors = (
-        jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
-        queries.first,
-        queries.last,
-        queries.segments if segmented else none,
-        keys.places,
-        keys.segments if segmented else none,
-    )
+    q_segments, k_segments = queries.segments, keys.segments
+    if q_segments is None or k_segments is None:
+        q_segments = k_segments = jnp.zeros((0, 0), jnp.int32)
+    sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
+    vectors = (sinks, queries.first, queries.last, q_segments, keys.places, k_segments)
     results = ((*q.shape[:3], v.shape[3]), v.dtype), (q.shape[:3], jnp.float32)
     out, logs = call("moejax_attend", results, q, k, v, *vectors, scale=np.float32(scale), isa=isa)
     return out, logs

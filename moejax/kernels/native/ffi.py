@@ -42,4 +42,4 @@ def call(
         for shape, dtype in results
     ]
     numbers = {name: np.int64(value) if type(value) is int else value for name, value in attributes.items()}
-    return jax.ffi.ffi_call(handler, types, input_output_aliases=aliases)(*operands, **numbers)
+    return jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases or {}))(*operands, **numbers)
