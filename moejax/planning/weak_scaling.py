@@ -59,6 +59,7 @@ def measure(config: MoEConfig, mesh: Mesh) -> Cost:
     ep = mesh.shape["ep"]
     compiled = compile_layer(config, mesh, tokens=TOKENS * ep, options=Options(strategy="all_to_all"))
     text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     program = Program.parse(text)
     once = [collective for collective in collectives(text, mesh) if not collective.loop]
     return Cost(
@@ -75,7 +76,7 @@ def measure(config: MoEConfig, mesh: Mesh) -> Cost:
 def table(costs: Sequence[Cost]) -> str:
     """The costs in Markdown."""
     rows = [
-        "| ep | devices | GFLOP | GFLOP, cells full | MB over ep | MB over tp | temporaries, MB | weights, tokens, MB |",
+        "| ep | devices | GFLOP | GFLOP, cells full | MB over ep | MB over tp | temporaries, MB | arguments, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for cost in costs:
@@ -89,9 +90,11 @@ def panels(costs: Sequence[Cost]) -> list[Panel]:
     """The costs over the number of devices."""
 
     def panel(title: str, unit: str, **lines: str) -> Panel:
-        points = {name: [(cost.devices, getattr(cost, name)) for cost in costs] for name in lines}
-        drawn = {label: [(x, y, y, y) for x, y in points[name] if y] for name, label in lines.items()}
-        return Panel(title, "devices", unit, drawn)
+        result = Panel(title, "devices", unit)
+        for name, label in lines.items():
+            values = ((cost.devices, float(getattr(cost, name))) for cost in costs)
+            result.lines[label] = [(x, y, y, y) for x, y in values if y]
+        return result
 
     return [
         panel("computed by a device", "FLOP", flops="even routing", most_flops="cells full"),
