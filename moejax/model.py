@@ -156,7 +156,8 @@ class Decoder(nnx.Module):
 
     def empty_caches(self, max_len: int, lie: Lie) -> tuple[Cache, ...]:
         """A cache of no tokens for each layer, with room for `max_len` in a row."""
-        return tuple(layer.empty_cache(lie.rows, max_len, lie.stream) for layer in self.layers)
+        dtype = self.embed.dtype
+        return tuple(layer.empty_cache(lie.rows, max_len, dtype, lie.stream) for layer in self.layers)
 
     def extend(
         self,

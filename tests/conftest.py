@@ -18,6 +18,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Commands that run in this process would keep their programs in the user's cache, and find there those of before.
+jax.config.update("jax_enable_compilation_cache", False)
 
 ROOT = Path(__file__).parents[1]
 Result = subprocess.CompletedProcess[str]
@@ -108,4 +110,5 @@ def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     inherited["XLA_FLAGS"] = FAST_COMPILE
     path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
-    return inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | dict(extra or {})
+    own = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": path}
+    return inherited | own | dict(extra or {})

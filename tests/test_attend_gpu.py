@@ -78,7 +78,7 @@ def test_half_precision():
 
 @pytest.fixture(scope="module")
 def h100():
-    pytest.importorskip("jax_plugins.xla_cuda12", reason="needs JAX's CUDA plugin")
+    pytest.importorskip("jax_cuda12_plugin", reason="needs JAX's CUDA plugin")
     return h100_mesh("ep=1,tp=1")
 
 
@@ -92,6 +92,7 @@ PROGRAMS = {
 
 
 @pytest.mark.deviceless
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_is_one_kernel_without_scores_in_memory(h100, name):
     rows, length, room, *_ = shape = PROGRAMS[name]
@@ -103,6 +104,7 @@ def test_is_one_kernel_without_scores_in_memory(h100, name):
     operands = (*jax.eval_shape(lambda: inputs(shape, jnp.bfloat16)), *places)
     sharding = NamedSharding(h100, PartitionSpec())
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in operands]
+    run = jax.shard_map(run, mesh=h100, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=True)
     program = jax.jit(run).lower(*operands).compile()
     text = program.as_text()
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1

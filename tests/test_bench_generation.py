@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.benchmarks.generation import OWN, Batch, Run, experts_hit, measure, own_contender
+from moejax.benchmarks.generation import OWN, Batch, Figures, Run, experts_hit, measure, own_contender
+from moejax.benchmarks.interleave import Spread
 from moejax.benchmarks.probes import Limit
 from moejax.benchmarks.report import Limits, batch_result
 from moejax.benchmarks.work import Work
@@ -36,8 +37,8 @@ def test_experts_hit_are_those_of_the_tokens_that_were_decoded(model):
 
 
 def test_one_sequence_reads_as_many_experts_as_a_token_chooses(model):
-    batch = Batch.random(model.config.vocab_size, 1, 5, 3)
-    figures = measure({OWN: own_contender(model, batch)}, batch, 1, lambda name, number: None)[OWN]
+    spread = Spread.of([1.0])
+    figures = Figures(Batch([[1, 2]], 3), spread, spread, [[3, 4, 5]])
     top = model.config.layers[0].moe.num_experts_per_tok
     assert experts_hit(model, Work.of(model.config), figures) == pytest.approx((top,) * len(model.config.sparse))
 

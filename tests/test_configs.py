@@ -43,6 +43,9 @@ SIZES = {
     "dots.llm1": 142.8,  # stated as 142B
     "hunyuan-a13b": 80.39,  # stated as 80B
     "phi-3.5-moe": 41.87,  # stated as 16 x 3.8B
+    # Shapes to measure, of nobody's model: layers, embedding, head and norms added up.
+    "olmoe-4l": 0.8879,
+    "mixtral-4l": 0.4305,
 }
 
 

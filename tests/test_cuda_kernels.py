@@ -1,13 +1,15 @@
 """Which kernel an NVIDIA GPU runs, and that all of them compile for an H100 without one."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from grouped_cases import check_marks, compile_all
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from moejax.kernels import cuda, triton
+from moejax.kernels import cuda, device, triton
 from moejax.planning.topologies import h100_mesh
 from moejax.quantization.packed import PackedMatrix
 
@@ -15,14 +17,25 @@ HOPPERS = ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA
 OTHERS = ["NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA B200", "NVIDIA GB200", "NVIDIA GeForce RTX 4090", "cpu"]
 
 
+def mesh_of(kind):
+    """One device that is only described."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
+    return AbstractMesh((1,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
 def kernel(kind, dtype, width=64, w=None):
     """Which kernel multiplies on a device of this kind, as a trace shows it."""
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform="gpu")
-    w = jnp.zeros((2, 32, width), dtype) if w is None else w
-    x, sizes = jnp.zeros((8, 32), dtype), jnp.array([3, 4], jnp.int32)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("ep",), abstract_device=device)):
-        traced = jax.make_jaxpr(lambda *a: cuda.products(*a, transposed=False, out_dtype=dtype))(x, w, sizes)
-    return "hopper" if "wgmma" in str(traced) else "triton"
+    struct = jax.ShapeDtypeStruct
+    w = struct((2, 32, width), dtype) if w is None else w
+
+    def product(x, w, sizes):
+        return cuda.products(x, w, sizes, transposed=False, out_dtype=dtype)
+
+    mapped = jax.shard_map(product, mesh=mesh_of(kind), in_specs=P("ep"), out_specs=P("ep"))
+    traced = str(jax.make_jaxpr(mapped)(struct((8, 32), dtype), w, struct((2,), jnp.int32)))
+    if "pallas_call" in traced:
+        return "triton"
+    return "hopper" if "wgmma" in traced else "loop"
 
 
 @pytest.mark.parametrize("kind", HOPPERS)
@@ -35,6 +48,18 @@ def test_what_the_hopper_kernel_does_not_take_runs_in_triton():
     assert kernel(HOPPERS[0], jnp.bfloat16, width=40) == "triton"
     packed = PackedMatrix(jnp.zeros((2, 64, 1, 16), jnp.uint8), jnp.zeros((2, 64, 1), jnp.uint8))
     assert kernel(HOPPERS[0], jnp.bfloat16, w=packed) == "triton"
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("Tesla T4", "loop"), ("NVIDIA A100-SXM4-40GB", "triton")])
+def test_before_ampere_no_kernel_runs(monkeypatch, kind, expected):
+    """A mesh knows the kind of its devices; only a device that is at hand says how old that is."""
+    capability = {"Tesla T4": "7.5", "NVIDIA A100-SXM4-40GB": "8.0"}[kind]
+    present = SimpleNamespace(device_kind=kind, platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(device, "get_default_device", lambda: present)
+    assert kernel(kind, jnp.float32) == expected
+    x, dy, sizes = jnp.ones((8, 32)), jnp.ones((8, 64)), jnp.array([3, 4], jnp.int32)
+    dw = jax.make_jaxpr(lambda *a: cuda.weight_gradient(*a, groups=2, out_dtype=jnp.float32))(x, dy, sizes)
+    assert ("pallas_call" in str(dw)) == (expected == "triton")
 
 
 @pytest.mark.parametrize("kind", OTHERS)

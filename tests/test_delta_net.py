@@ -105,7 +105,7 @@ def test_equals_one_device(mesh, spec, config, cut):
     def everything(state, x, segments, lengths):
         layer, steps = nnx.merge(graph, state), []
         whole = layer(x, no_places(x), segments, stream)
-        cache, outs = layer.empty_cache(BATCH, LENGTH, stream), []
+        cache, outs = layer.empty_cache(BATCH, LENGTH, jnp.float32, stream), []
         for first, last in ((0, 3), (3, 5)):
             places = Places(chunk_positions(first, last - first, lengths), {})
             out, cache = layer.extend(x[:, first:last], places, cache, stream)
@@ -261,7 +261,9 @@ def test_equals_transformers(mesh, family):
     def ours(state, x):
         layer = nnx.merge(graph, state)
         whole = layer(x, no_places(x), jnp.asarray(mask), stream)
-        y, cache = layer.extend(x[:, :5], no_places(x[:, :5]), layer.empty_cache(BATCH, LENGTH, stream), stream)
+        y, cache = layer.extend(
+            x[:, :5], no_places(x[:, :5]), layer.empty_cache(BATCH, LENGTH, jnp.float32, stream), stream
+        )
         z, cache = layer.extend(x[:, 5:6], no_places(x[:, 5:6]), cache, stream)
         last, _ = layer.extend(x[:, 6:], no_places(x[:, 6:]), cache, stream)
         return whole, jnp.concatenate([y, z, last], 1)

@@ -125,7 +125,7 @@ def run(axes, config, cut):
         layer = nnx.merge(graph, state)
         places = jnp.broadcast_to(jnp.arange(LENGTH + 2, dtype=jnp.int32), x.shape[:2])
         whole = layer(x, at(places), jnp.asarray(segments), stream)
-        cache, outs = layer.empty_cache(BATCH, ROOM, stream), []
+        cache, outs = layer.empty_cache(BATCH, ROOM, jnp.float32, stream), []
         for first, last in ((0, 3), (3, LENGTH)):
             where = at(chunk_positions(first, last - first, lengths))
             out, cache = layer.extend(x[:, first:last], where, cache, stream)
@@ -166,7 +166,7 @@ def test_decoded_tokens_equal_the_whole_sequence(mesh):
     def both(state):
         layer = nnx.merge(graph, state)
         whole = layer(x, at(0, 6), jnp.ones((1, 6), jnp.int32), stream)
-        _, cache = layer.extend(x[:, :4], at(0, 4), layer.empty_cache(1, 6, stream), stream)
+        _, cache = layer.extend(x[:, :4], at(0, 4), layer.empty_cache(1, 6, jnp.float32, stream), stream)
         y, cache = layer.extend(x[:, 4:5], at(4, 5), cache, stream)
         z, _ = layer.extend(x[:, 5:], at(5, 6), cache, stream)
         return whole[:, 4:], jnp.concatenate([y, z], 1)

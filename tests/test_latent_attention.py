@@ -132,7 +132,7 @@ def test_equals_the_reference(mesh, spec, config, cut):
         layer = nnx.merge(graph, state)
         restarted = jnp.asarray([[0, 1, 2, 0, 1, 2, 0]] * BATCH, jnp.int32)
         packed = layer(x, places_of(config, restarted), jnp.asarray(SEGMENTS), stream)
-        cache, outs = layer.empty_cache(BATCH, ROOM, stream), []
+        cache, outs = layer.empty_cache(BATCH, ROOM, jnp.float32, stream), []
         for first, last in ((0, 3), (3, LENGTH)):
             places = places_of(config, chunk_positions(first, last - first, lengths))
             out, cache = layer.extend(x[:, first:last], places, cache, stream)
@@ -220,7 +220,9 @@ def test_decode_writes_out_no_keys_or_values_of_the_context(mesh):
 
     def prefill(state, x):
         layer = nnx.merge(graph, state)
-        return layer.extend(x, counted(config, BATCH, ROOM), layer.empty_cache(BATCH, ROOM, stream), stream)
+        return layer.extend(
+            x, counted(config, BATCH, ROOM), layer.empty_cache(BATCH, ROOM, jnp.float32, stream), stream
+        )
 
     found = written_out(jax.jit(prefill).lower(state, x).as_text())
     assert {(BATCH, 8, ROOM, config.nope_dim + config.rope.dim), (BATCH, 8, ROOM, config.value_dim)} <= found
@@ -237,7 +239,7 @@ def test_half_precision_rounds_decoded_tokens_no_worse_than_whole_sequences(mesh
     def both(state, x):
         layer = nnx.merge(graph, state)
         whole = layer(x, counted(config, *x.shape[:2]), jnp.ones(x.shape[:2], jnp.int32), stream)
-        cache = layer.empty_cache(BATCH, ROOM, stream)
+        cache = layer.empty_cache(BATCH, ROOM, jnp.bfloat16, stream)
         _, cache = layer.extend(x[:, :LENGTH], counted(config, BATCH, LENGTH), cache, stream)
         step, cache = layer.extend(x[:, LENGTH : LENGTH + 1], places_of(config, last[:, None]), cache, stream)
         assert step.dtype == cache.latent.dtype == jnp.bfloat16

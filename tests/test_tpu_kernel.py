@@ -43,7 +43,6 @@ def test_what_it_takes():
 
 
 @pytest.mark.deviceless
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("rows", "shape"), [(4096, (1024, 1408)), (13, (1024, 1440)), (64, (40, 72))])
 def test_compiles_for_a_tpu(rows, shape, dtype):

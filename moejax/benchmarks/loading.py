@@ -11,6 +11,14 @@ OWN, PEER = "moejax", "transformers"
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """Where moejax loads to: the mesh, such as "ep=1,tp=1", and whether MXFP4 experts stay packed."""
+
+    mesh: str
+    packed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """One load: seconds without imports, bytes of the most memory, and of it what was there before the load."""
 
@@ -34,7 +42,7 @@ class LoadFigures:
 
 
 def measure_loading(
-    folder: Path, dtype: str, mesh: str, versus: bool, rounds: int, tick: Callable[[str, int], None]
+    folder: Path, dtype: str, target: Target, versus: bool, rounds: int, tick: Callable[[str, int], None]
 ) -> dict[str, LoadFigures]:
     """moejax on a CPU mesh, and transformers on one process, in turn. The first, unmeasured round leaves the files in
     the system's page cache, so that every measured load reads memory and none the disk.
@@ -42,7 +50,7 @@ def measure_loading(
     Args:
       folder: of the checkpoint.
       dtype: of the parameters, as torch and JAX spell it.
-      mesh: such as "ep=1,tp=1".
+      target: of moejax.
       versus: whether transformers takes part.
       rounds: see `interleave`.
       tick: see `interleave`.
@@ -50,7 +58,7 @@ def measure_loading(
     Raises:
       MoejaxError: a child failed, or memory cannot be read here.
     """
-    contenders: dict[str, Callable[[], Loaded]] = {OWN: lambda: _own(folder, dtype, mesh)}
+    contenders: dict[str, Callable[[], Loaded]] = {OWN: lambda: _own(folder, dtype, target)}
     if versus:
         contenders[PEER] = lambda: _peer(folder, dtype)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -64,8 +72,9 @@ def measure_loading(
     }
 
 
-def _own(folder: Path, dtype: str, mesh: str) -> Loaded:
-    return _load(Child(["-m", "moejax.benchmarks.loading_child", mesh], cpus()), folder, dtype)
+def _own(folder: Path, dtype: str, target: Target) -> Loaded:
+    command = ["-m", "moejax.benchmarks.loading_child", target.mesh, "packed" if target.packed else "plain"]
+    return _load(Child(command, cpus()), folder, dtype)
 
 
 def _peer(folder: Path, dtype: str) -> Loaded:

@@ -11,7 +11,7 @@ from moejax.loading import load
 from moejax.mesh import make_mesh
 
 
-def main(mesh_spec: str) -> None:
+def main(mesh_spec: str, experts: str) -> None:
     """Starts JAX, then answers "hello", and "load" with its seconds: JSON lines on standard input and output."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -22,11 +22,11 @@ def main(mesh_spec: str) -> None:
         answer = {}
         if name == "load":
             began = time.perf_counter()
-            model = load(arguments["folder"], mesh=mesh, dtype=arguments["dtype"])
+            model = load(arguments["folder"], mesh=mesh, dtype=arguments["dtype"], packed=experts == "packed")
             jax.block_until_ready(list(model.parameters().values()))
             answer = {"load_s": time.perf_counter() - began}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -61,11 +61,13 @@ class Child:
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            self._process.wait(_GRACE_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        # torchrun ends its processes when it is terminated, and cannot when it is killed.
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self._process.wait(_GRACE_S)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                os.killpg(self._process.pid, sign)
+        self._process.wait()
         self._process.stdout.close()
         self._log.close()
 

@@ -19,6 +19,7 @@ from moejax.commands.common import (
     STRATEGIES,
     add_mesh,
     add_model,
+    add_source,
     add_strategy,
     base_parser,
     leave,
@@ -110,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 def _generation(name: str, about: str, example: str) -> argparse.ArgumentParser:
     parser = base_parser(f"moejax bench {name}", f"{about}\n\n{_HOW}\n{_LIMITS}", example)
     _add_common(parser)
-    _add_weights(parser)
+    add_model(parser)
+    _add_config(parser)
     add_mesh(parser)
     add_strategy(parser)
     _add_versus(parser, "; on a mesh of N devices its expert parallelism in N processes")
@@ -148,7 +150,8 @@ def _layer() -> argparse.ArgumentParser:
         "moejax bench layer --platform cpu --tokens 8 64 --meshes ep=1,tp=1 ep=4,tp=2 --rounds 3",
     )
     _add_common(parser)
-    _add_weights(parser)
+    add_source(parser)
+    _add_config(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 128, 1024], metavar="T", help="of one pass")
     parser.add_argument("--meshes", nargs="+", metavar="ep=A,tp=B", help="default: one mesh of all devices")
     parser.add_argument(
@@ -185,7 +188,8 @@ def _load() -> argparse.ArgumentParser:
         "moejax bench load --model demo --rounds 2",
     )
     _add_common(parser)
-    _add_weights(parser)
+    add_model(parser)
+    _add_config(parser)
     add_mesh(parser)
     _add_versus(parser, " in one process")
     return parser
@@ -199,7 +203,8 @@ def _train() -> argparse.ArgumentParser:
         "moejax bench train --platform cpu --batch-size 2 --seq-len 32 --rounds 2",
     )
     _add_common(parser)
-    _add_weights(parser)
+    add_model(parser)
+    _add_config(parser)
     add_mesh(parser)
     add_strategy(parser)
     _add_versus(parser, " in one process")
@@ -213,8 +218,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="write a picture too, FILE.png or FILE.svg")
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="a config.json: random weights of that shape instead of a model's"
     )

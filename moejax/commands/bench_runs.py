@@ -18,7 +18,7 @@ from moejax.benchmarks import training
 from moejax.benchmarks.collectives import time_collectives
 from moejax.benchmarks.generation import OWN, Batch, Run, experts_hit, measure, own_contender, peer_contender
 from moejax.benchmarks.layer import Case, block_of, layer_flops, time_layers
-from moejax.benchmarks.loading import measure_loading
+from moejax.benchmarks.loading import Target, measure_loading
 from moejax.benchmarks.peers import Child, check_installed, cpus, load_average, transformers_child
 from moejax.benchmarks.probes import chips, matrix_peak, read_bandwidth
 from moejax.benchmarks.random_weights import write_random_checkpoint
@@ -50,6 +50,7 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
         mesh = mesh_for(args, folder)
         _check_versus(args, mesh)
         model, _ = load_model(args, folder, mesh, strategy=args.strategy)
+        _check_context(args, model.config.context)
         for line in report_lines(model, args.batch_size[0]):
             log(line)
         dtype = next(iter(model.parameters().values())).dtype.name
@@ -146,6 +147,8 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_load(args: argparse.Namespace) -> dict[str, Any]:
     """Loading in fresh processes."""
+    if args.platform not in (None, "cpu"):
+        raise MoejaxError(f"load measures the CPU's memory; leave out --platform {args.platform}")
     if args.vs:
         check_installed()
     with _weights(args) as folder:
@@ -153,7 +156,8 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
         dtype = dtype_of(args.dtype, config).dtype.name
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         with _rounds("loading", args.rounds) as tick:
-            figures = measure_loading(folder, dtype, args.mesh or "ep=1,tp=1", bool(args.vs), args.rounds, tick)
+            own = Target(args.mesh or "ep=1,tp=1", packed=not args.dequantise)
+            figures = measure_loading(folder, dtype, own, bool(args.vs), args.rounds, tick)
     rows = [timed(f.seconds, contender=name, peak_bytes=f.peak, added_ratio=f.ratio) for name, f in figures.items()]
     own, peer = figures[OWN], figures.get("transformers")
     against = peer and {"time_ratio": peer.seconds.median / own.seconds.median, "peak_ratio": own.peak / peer.peak}
@@ -190,6 +194,14 @@ def _check_versus(args: argparse.Namespace, mesh: Mesh) -> None:
     if mesh.devices.flat[0].platform != "cpu":
         raise MoejaxError("--vs transformers compares on the CPU; add --platform cpu")
     check_installed(mesh.size)
+
+
+def _check_context(args: argparse.Namespace, context: int) -> None:
+    """A row that meets the end of the context would stop early."""
+    if args.input_len + args.output_len > context:
+        raise MoejaxError(
+            f"--input-len {args.input_len} and --output-len {args.output_len} are over the model's context of {context}"
+        )
 
 
 def _load_peer(peer: Child, folder: Path, dtype: str) -> dict[str, Any]:

@@ -47,13 +47,18 @@ def base_parser(prog: str, description: str, example: str) -> argparse.ArgumentP
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`, `--dtype` and `--dequantise`."""
+    add_source(parser)
+    add_dequantise(parser)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model` and `--dtype`."""
     parser.add_argument(
         "--model", default="demo", metavar="M", help='a folder, a hub id "org/name[@revision]" or "demo" (default)'
     )
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the parameters and activations (default: the checkpoint's)"
     )
-    add_dequantise(parser)
 
 
 def add_dequantise(parser: argparse.ArgumentParser) -> None:

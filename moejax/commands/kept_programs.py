@@ -20,7 +20,10 @@ def keep_programs() -> None:
     Nothing changes where JAX_COMPILATION_CACHE_DIR names a folder, JAX_ENABLE_COMPILATION_CACHE=false is set, or the
     user's folder cannot be written.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    given, enabled = (
+        getattr(jax.config, f"jax_{name}") for name in ("compilation_cache_dir", "enable_compilation_cache")
+    )
+    if given is not None or not enabled:
         return
     folder = user_cache() / "programs"
     try:

@@ -60,8 +60,12 @@ class Engine:
           New tokens, their log-probabilities or None, pairs dropped by a capacity factor.
         """
         numbers = np.arange(len(tokens), dtype=np.int32) + np.int32(first_request)
-        rows = (self.model.put_rows(a, self.lie) for a in (lengths.astype(np.int32), numbers))
-        self._requests = Requests(*rows, self._seed, self._eos)
+        self._requests = Requests(
+            lengths=self.model.put_rows(lengths.astype(np.int32), self.lie),
+            numbers=self.model.put_rows(numbers, self.lie),
+            seed=self._seed,
+            eos=self._eos,
+        )
         self._decode: jax.stages.Compiled | None = None
         self._budget = 1
         size = min(cache_bucket(max_len), self.model.config.context)

@@ -1,7 +1,7 @@
 """The compiled steps of generation: pure functions of a decoder's structure, its parameters and what a step leaves."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -123,13 +123,14 @@ def prefill(
     seen = None if step.seen is None else step.seen | seen_from_prompt(tokens, real, logits.shape[-1])
     new = _draw(logits, requests.lengths, caches, seen, requests, draw, lie)
     ends = (real > 0) & (requests.lengths <= first + tokens.shape[1])
-    new = new.replace(
-        tokens=jnp.where(ends, new.tokens, step.tokens),
-        logprobs=None if new.logprobs is None else jnp.where(ends, new.logprobs, step.logprobs),
-        seen=None if new.seen is None else jnp.where(ends[:, None], new.seen, seen),
+    tokens, logprobs = jax.tree.map(
+        lambda now, before: jnp.where(ends, now, before), (new.tokens, new.logprobs), (step.tokens, step.logprobs)
     )
-    drawn = jax.tree.map(lambda row: row[None], _everywhere((new.tokens, new.logprobs), lie))
-    return _in_rows(new, lie), Drawn(*drawn, jnp.int32(1), dropped)
+    if seen is not None and new.seen is not None:
+        seen = jnp.where(ends[:, None], new.seen, seen)
+    new = replace(new, tokens=tokens, logprobs=logprobs, seen=seen)
+    tokens, logprobs = jax.tree.map(lambda row: row[None], _everywhere((tokens, logprobs), lie))
+    return _in_rows(new, lie), Drawn(tokens=tokens, logprobs=logprobs, count=jnp.int32(1), dropped=dropped)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -157,13 +158,16 @@ def decode(
         new = _draw(logits, step.positions + 1, caches, step.seen, requests, draw, lie)
         tokens, logprobs = _everywhere((new.tokens, new.logprobs), lie)
         ended = (tokens[:, None] == requests.eos).any(1)
-        rows = (drawn.tokens, drawn.logprobs), (tokens, logprobs)
-        written = jax.tree.map(lambda so_far, row: so_far.at[drawn.count].set(row), *rows)
-        return new, jnp.where(ended, 0, left - 1), Drawn(*written, drawn.count + 1, drawn.dropped + dropped)
+        tokens, logprobs = jax.tree.map(
+            lambda so_far, row: so_far.at[drawn.count].set(row), (drawn.tokens, drawn.logprobs), (tokens, logprobs)
+        )
+        drawn = Drawn(tokens=tokens, logprobs=logprobs, count=drawn.count + 1, dropped=drawn.dropped + dropped)
+        return new, jnp.where(ended, 0, left - 1), drawn
 
     nothing = _everywhere(jnp.zeros((BLOCK, lie.rows), jnp.int32), lie)
     scores = nothing.astype(jnp.float32) if draw.logprobs else None
-    start = (step, _everywhere(left, lie), Drawn(nothing, scores, jnp.int32(0), jnp.int32(0)))
+    drawn = Drawn(tokens=nothing, logprobs=scores, count=jnp.int32(0), dropped=jnp.int32(0))
+    start = (step, _everywhere(left, lie), drawn)
     step, _, drawn = lax.while_loop(going, body, start)
     return _in_rows(step, lie), drawn
 
@@ -189,9 +193,9 @@ def _draw(
 
 def _in_rows(step: Step, lie: Lie) -> Step:
     """The step with all but its caches, which mixers place, cut as the batch is: one program then serves all steps."""
-    rows = step.replace(caches=())
+    rows = replace(step, caches=())
     rows = jax.tree.map(lambda a: place(a, lie.stream.mesh, lie.stream.batch_spec), rows)
-    return rows.replace(caches=step.caches)
+    return replace(rows, caches=step.caches)
 
 
 def _everywhere(values: Any, lie: Lie) -> Any:

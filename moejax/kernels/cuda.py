@@ -1,13 +1,13 @@
-"""Grouped products on NVIDIA GPUs: the Hopper kernel where it applies, Triton elsewhere."""
+"""Grouped products on NVIDIA GPUs: the Hopper kernel where it applies, Triton elsewhere, no kernel before Ampere."""
 
 import re
+from typing import Any
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels import hopper, triton
+from moejax.kernels import hopper, tile_loop, triton
 from moejax.kernels.device import device_of
-from moejax.kernels.triton import weight_gradient as weight_gradient
 from moejax.quantization.packed import PackedMatrix
 
 _HOPPER = re.compile(r"\bG?H\d+\b")
@@ -23,7 +23,24 @@ def products(
     out_dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
     """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group."""
-    if isinstance(w, PackedMatrix) or not _HOPPER.search(device_of(x).device_kind):
+    device = device_of(x)
+    if not _runs_triton(device):
+        return tile_loop.products(x, w, group_sizes, transposed).astype(out_dtype)
+    if isinstance(w, PackedMatrix) or not _HOPPER.search(device.device_kind):
         return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
     kernel = hopper if hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype) else triton
     return kernel.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
+
+
+def weight_gradient(
+    x: Float[Array, "M K"], dy: Float[Array, "M N"], group_sizes: Int[Array, " G"], *, groups: int, out_dtype: DTypeLike
+) -> Float[Array, "G K N"]:
+    """`x[rows of g].T @ dy[rows of g]` for each group g, accumulated in f32; zeros for an empty group."""
+    if not _runs_triton(device_of(x)):
+        return tile_loop.weight_gradient(x, dy, group_sizes).astype(out_dtype)
+    return triton.weight_gradient(x, dy, group_sizes, groups=groups, out_dtype=out_dtype)
+
+
+def _runs_triton(device: Any) -> bool:
+    """XLA compiles Triton kernels from Ampere (8.0) on. A GPU that is only described is taken to be young enough."""
+    return str(getattr(device, "compute_capability", "")).partition(".")[0] not in ("5", "6", "7")

@@ -1,21 +1,51 @@
-"""What kind of device a program is being traced for."""
+"""What kind of device a program is being traced for, and the choice of a kernel by it."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend.backend import get_default_device
+
+from moejax.kernels import native
+
+DTYPES = {
+    "cpu": (jnp.float32, jnp.bfloat16),
+    "cuda": (jnp.float32, jnp.bfloat16, jnp.float16),
+    "tpu": (jnp.float32, jnp.bfloat16),
+}
+"""What a platform's kernels take."""
 
 
 def device_of(x: jax.Array) -> Any:
-    """The kind of device (`.platform`, `.device_kind`) that an operand lies on.
+    """The kind of device (`.platform`, `.device_kind`) that an operand lies on; a device itself where it is at hand.
 
     Its mesh knows, also where its devices are only described or a backward rule is traced; without one the default
     device counts.
     """
-    return jax.typeof(x).sharding.mesh.abstract_device or get_default_device()
+    described, present = jax.typeof(x).sharding.mesh.abstract_device, get_default_device()
+    return present if described is None or described.device_kind == present.device_kind else described
 
 
 def platform_of(x: jax.Array) -> str:
     """Its platform as lowering names it: "cpu", "cuda", "tpu" or another."""
     platform = device_of(x).platform
     return "cuda" if platform == "gpu" else platform
+
+
+def choose(*operands: Any, kernels: Mapping[str, Callable[..., Any]], default: Callable[..., Any]) -> Any:
+    """The result of the kernel for the operands' devices where there is one and it takes their type.
+
+    Only that one is traced, since Pallas takes a second to import. A program lowered for other devices after all runs
+    the default.
+
+    Args:
+      operands: pytrees; the first is an array whose device and dtype count.
+      kernels: by platform.
+      default: the same function in plain XLA.
+    """
+    platform, dtype = platform_of(operands[0]), operands[0].dtype
+    if platform not in kernels or dtype not in DTYPES[platform] or (platform == "cpu" and not native.available()):
+        return default(*operands)
+    return lax.platform_dependent(*operands, **{platform: kernels[platform]}, default=default)

@@ -12,9 +12,6 @@ take goes through `tile_loop` or XLA: float64, a machine without a C++ compiler,
 packed matrices on CPU and TPU. All products are accumulated in f32.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,15 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import native, tile_loop
-from moejax.kernels.device import platform_of
+from moejax.kernels.device import choose
 from moejax.precision import precision_of
 from moejax.quantization.packed import PackedMatrix
-
-DTYPES = {
-    "cpu": (jnp.float32, jnp.bfloat16),
-    "cuda": (jnp.float32, jnp.bfloat16, jnp.float16),
-    "tpu": (jnp.float32, jnp.bfloat16),
-}
 
 
 def products(
@@ -62,7 +53,7 @@ def products(
     if isinstance(w, PackedMatrix):
         kernels.pop("tpu")
         kernels.pop("cpu" if transposed else "", None)
-    return _choose(x, w, group_sizes, kernels=kernels, default=anywhere)
+    return choose(x, w, group_sizes, kernels=kernels, default=anywhere)
 
 
 def weight_gradient(
@@ -84,7 +75,7 @@ def weight_gradient(
         return tpu.weight_gradient(x, dy, group_sizes, groups=group_sizes.shape[0], out_dtype=x.dtype)
 
     kernels = {"cpu": on_cpu, "cuda": on_cuda, "tpu": on_tpu}
-    return _choose(x, dy, group_sizes, kernels=kernels, default=tile_loop.weight_gradient)
+    return choose(x, dy, group_sizes, kernels=kernels, default=tile_loop.weight_gradient)
 
 
 def product(
@@ -100,7 +91,7 @@ def product(
         y = lax.dot_general(x, w, (contracted, ((), ())), precision_of(x.dtype), jnp.float32)
         return y.astype(out_dtype)
 
-    return _choose(x, w, kernels={"cpu": on_cpu}, default=anywhere)
+    return choose(x, w, kernels={"cpu": on_cpu}, default=anywhere)
 
 
 def product_gradient(x: Float[Array, "M K"], dy: Float[Array, "M N"]) -> Float[Array, "K N"]:
@@ -112,7 +103,7 @@ def product_gradient(x: Float[Array, "M K"], dy: Float[Array, "M N"]) -> Float[A
     def anywhere(x: jax.Array, dy: jax.Array) -> jax.Array:
         return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), precision_of(x.dtype), jnp.float32).astype(x.dtype)
 
-    return _choose(x, dy, kernels={"cpu": on_cpu}, default=anywhere)
+    return choose(x, dy, kernels={"cpu": on_cpu}, default=anywhere)
 
 
 def block_product(
@@ -145,21 +136,7 @@ def block_product(
 
     # XLA cuts a block out first, which is a copy. The GPU's kernels take blocks that are whole matrices in memory.
     kernels = {"cpu": on_cpu} if axis else {"cpu": on_cpu, "cuda": on_cuda}
-    return _choose(x, w, index, kernels=kernels, default=anywhere)
-
-
-def _choose(
-    *operands: Any, kernels: Mapping[str, Callable[..., jax.Array]], default: Callable[..., jax.Array]
-) -> jax.Array:
-    """The kernel for the operands' devices where there is one and it takes their type.
-
-    Only that one is traced, since Pallas takes a second to import. A program lowered for other devices after all runs
-    the default.
-    """
-    platform, dtype = platform_of(operands[0]), operands[0].dtype
-    if platform not in kernels or dtype not in DTYPES[platform] or (platform == "cpu" and not native.available()):
-        return default(*operands)
-    return lax.platform_dependent(*operands, **{platform: kernels[platform]}, default=default)
+    return choose(x, w, index, kernels=kernels, default=anywhere)
 
 
 def _all_rows(x: jax.Array) -> jax.Array:

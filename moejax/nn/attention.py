@@ -98,11 +98,11 @@ class Attention(nnx.Module):
 
         return self._on_shards(mix, x, places, (segments,), stream)[0]
 
-    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> LayerCache:
+    def empty_cache(self, rows: int, max_len: int, dtype: DTypeLike, stream: Stream) -> LayerCache:
         """A cache with room for `max_len` tokens in each of `rows` rows."""
         size = cache_size(self.config.window or self.config.chunk, max_len)
         shape = (rows, self.share(stream).total_kv_heads, size, self.config.head_dim)
-        empty = place(jnp.zeros(shape, self.k.dtype), stream.mesh, self.share(stream).cache_spec)
+        empty = place(jnp.zeros(shape, dtype), stream.mesh, self.share(stream).cache_spec)
         return LayerCache(k=empty, v=empty)
 
     def extend(

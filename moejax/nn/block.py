@@ -66,9 +66,9 @@ class Block(nnx.Module):
         )
         return y, details
 
-    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> Cache:
+    def empty_cache(self, rows: int, max_len: int, dtype: DTypeLike, stream: Stream) -> Cache:
         """What the mixer keeps of no tokens, with room for `max_len` in each of `rows` rows."""
-        return self.attention.empty_cache(rows, max_len, stream)
+        return self.attention.empty_cache(rows, max_len, dtype, stream)
 
     def extend(
         self, x: Float[Array, "B S D"], places: Places, cache: Cache, stream: Stream, parallel: Parallel

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
+from moejax.kernels.rows import put_rows
+
 Cache: TypeAlias = PyTree
 """What any kind of layer keeps of the tokens so far; its mixer makes it and alone knows its form."""
 
@@ -66,8 +68,7 @@ def extended(
 
 def put(places: Float[Array, "B G C H"], new: Float[Array, "B S G H"], positions: Int[Array, "B S"]) -> jax.Array:
     """`places` with each row's last C tokens of `new` in theirs; what has the position -1 is left out."""
-    rows = jnp.arange(places.shape[0], dtype=jnp.int32)[:, None]
-    return places.at[rows, :, place_of(positions, places.shape[2])].set(new, mode="drop")
+    return put_rows(places, new, place_of(positions, places.shape[2]))
 
 
 def place_of(positions: Int[Array, "B S"], size: int) -> Int[Array, "B S"]:

@@ -114,7 +114,7 @@ class DeltaNet(nnx.Module):
 
         return self._on_shards(mix, _masked(x, segments > 0), (segments,), stream)[0]
 
-    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> DeltaCache:
+    def empty_cache(self, rows: int, max_len: int, dtype: DTypeLike, stream: Stream) -> DeltaCache:
         """What no token leaves behind; its size is the same for any `max_len`."""
         config, share = self.config, self.share(stream)
         keys = (rows, share.total_kv_heads, config.kernel - 1, config.key_dim)
@@ -124,8 +124,12 @@ class DeltaNet(nnx.Module):
         def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             return place(jnp.zeros(shape, dtype), stream.mesh, share.cache_spec)
 
-        convolved = (zeros(shape, self.q.dtype) for shape in (keys, keys, values))
-        return DeltaCache(*convolved, zeros(state, jnp.float32))
+        return DeltaCache(
+            conv_q=zeros(keys, dtype),
+            conv_k=zeros(keys, dtype),
+            conv_v=zeros(values, dtype),
+            state=zeros(state, jnp.float32),
+        )
 
     def extend(
         self, x: Float[Array, "B S D"], places: Places, cache: DeltaCache, stream: Stream

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.block import Block
 from moejax.kernels.linear import linear
+from moejax.kernels.rows import take_rows
 from moejax.nn.stream import Stream
 from moejax.sharding import psum
 
@@ -18,7 +19,7 @@ def embed(tokens: Int[Array, "B S"], table: Float[Array, "Vp D"], stream: Stream
         first = lax.axis_index(stream.tp) * table.shape[0] if stream.tp_axes else 0
         row = tokens - first
         mine = (row >= 0) & (row < table.shape[0])
-        found = table.at[jnp.where(mine, row, table.shape[0])].get(mode="fill", fill_value=0)
+        found = take_rows(table, jnp.where(mine, row, table.shape[0]))
         return psum(found, stream.tp_axes)
 
     rows = stream.batch_spec

@@ -82,10 +82,10 @@ class LatentAttention(nnx.Module):
 
         return self._on_shards(mix, x, places, (segments,), stream)[0]
 
-    def empty_cache(self, rows: int, max_len: int, stream: Stream) -> LatentCache:
+    def empty_cache(self, rows: int, max_len: int, dtype: DTypeLike, stream: Stream) -> LatentCache:
         """A cache with room for `max_len` tokens in each of `rows` rows."""
         shape = (rows, max_len, self.config.kv_rank + self.config.rope.dim)
-        return LatentCache(latent=place(jnp.zeros(shape, self.kv_a.dtype), stream.mesh, stream.batch_spec))
+        return LatentCache(latent=place(jnp.zeros(shape, dtype), stream.mesh, stream.batch_spec))
 
     def extend(
         self, x: Float[Array, "B S D"], places: Places, cache: LatentCache, stream: Stream

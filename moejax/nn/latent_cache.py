@@ -1,9 +1,9 @@
 """The cache of one layer of latent attention: one latent a token, whatever the number of heads."""
 
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.rows import put_rows
 from moejax.nn.cache import place_of
 
 
@@ -20,6 +20,5 @@ class LatentCache:
 
 def extended(cache: LatentCache, latent: Float[Array, "B S L"], positions: Int[Array, "B S"]) -> LatentCache:
     """The cache with S more tokens a row; what has the position -1 is left out."""
-    rows = jnp.arange(latent.shape[0], dtype=jnp.int32)[:, None]
     at = place_of(positions, cache.latent.shape[1])
-    return LatentCache(latent=cache.latent.at[rows, at].set(latent, mode="drop"))
+    return LatentCache(latent=put_rows(cache.latent[:, None], latent[:, :, None], at)[:, 0])

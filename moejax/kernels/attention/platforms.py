@@ -1,6 +1,7 @@
 """Attention where it runs: the implementation of each platform, chosen when a program is lowered, and the gradient."""
 
 import functools
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from moejax.kernels.attention import blockwise, triton
+from moejax.kernels.attention import blockwise, native
 from moejax.kernels.attention.sight import Keys, Queries
+from moejax.kernels.device import platform_of
 from moejax.sharding import varying_as
 
 Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
@@ -62,13 +64,28 @@ def _forward(
     keys: Keys,
 ) -> tuple[jax.Array, Saved]:
     operands = (q, k, v, sinks, queries, keys)
-    out, logs = lax.platform_dependent(
-        *operands,
-        cpu=functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
-        cuda=functools.partial(triton.forward, scale=scale),
-        default=functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
-    )
+    blocks = {
+        "cpu": functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
+        "default": functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
+    }
+    out, logs = lax.platform_dependent(*operands, **(blocks | _kernel(scale, q)))
     return out, (*operands, out, logs)
+
+
+def _kernel(scale: float, q: jax.Array) -> dict[str, Callable[..., tuple[jax.Array, jax.Array]]]:
+    """The kernel of the devices that this is traced for, by their platform; none where the blocks do as well.
+
+    Only that one is traced, since Pallas takes a second to import. A program lowered for other devices after all runs
+    the blocks.
+    """
+    platform = platform_of(q)
+    if platform == "cuda":
+        from moejax.kernels.attention import triton
+
+        return {platform: functools.partial(triton.forward, scale=scale)}
+    if platform == "cpu" and native.suits(q):
+        return {platform: functools.partial(native.forward, scale=scale)}
+    return {}
 
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:

@@ -1,10 +1,11 @@
-"""The grouped products on CPU: C++ handlers that XLA calls, compiled on first use by the system's compiler.
+"""What CPUs compute by C++ handlers that XLA calls: grouped products, attention, moving rows.
 
-XLA:CPU multiplies groups by a dense expansion and bfloat16 vectors at a twentieth of the memory's bandwidth. The
-handlers read each matrix that has rows once, and share their work through XLA's own threads.
+They are compiled on first use by the system's compiler and share their work through XLA's own threads. XLA:CPU
+multiplies groups by a dense expansion, bfloat16 vectors at a twentieth of the memory's bandwidth, and widens a bfloat16
+array whole to read or write some of its rows.
 """
 
-from moejax.kernels.native.calls import products, weight_gradient
+from moejax.kernels.native.calls import products, put, take, weight_gradient
 from moejax.kernels.native.library import available
 
-__all__ = ["available", "products", "weight_gradient"]
+__all__ = ["available", "products", "put", "take", "weight_gradient"]

@@ -1,17 +1,10 @@
 """The handlers as functions of JAX arrays, under jit and shard_map, on CPU devices only."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.native.ffi import BEST, call
 from moejax.quantization.packed import PackedMatrix
-from moejax.sharding import varying_as
-
-BEST = -1
-"""The instruction set that the handlers choose themselves; others by their index in `instruction_sets()`, for tests."""
 
 
 def products(
@@ -23,12 +16,12 @@ def products(
     out_dtype: DTypeLike,
     group_axis: int = 0,
     isa: int = BEST,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M _"]:
     """`y[i] = x[i] @ w[g]` for each row i of group g, accumulated in float32; rows past the last group give zeros.
 
     Args:
       x: rows sorted by group, float32 or bfloat16.
-      w: one matrix a group, of x's dtype, or packed.
+      w: `[G, K, N]`, one matrix a group, of x's dtype; or packed.
       group_sizes: rows of each group, int32.
       transposed: w is `[G, N, K]`.
       out_dtype: float32 or bfloat16.
@@ -37,12 +30,12 @@ def products(
     """
     if isinstance(w, PackedMatrix):
         shape = (x.shape[0], w.shape[2])
-        return _call("moejax_packed_products", shape, out_dtype, x, w.blocks, w.scales, group_sizes, isa=isa)
+        return call("moejax_packed_products", [(shape, out_dtype)], x, w.blocks, w.scales, group_sizes, isa=isa)[0]
     width, rows = w.shape[2], w.shape[1]
     strides = (width, rows * width) if group_axis == 0 else (rows * width, width)
     attributes = {"transposed": transposed, "row_stride": strides[0], "group_stride": strides[1], "isa": isa}
     shape = (x.shape[0], rows if transposed else width)
-    return _call("moejax_products", shape, out_dtype, x, w, group_sizes, **attributes)
+    return call("moejax_products", [(shape, out_dtype)], x, w, group_sizes, **attributes)[0]
 
 
 def weight_gradient(
@@ -65,15 +58,15 @@ def weight_gradient(
       isa: which instruction set computes it.
     """
     shape = (groups, x.shape[1], dy.shape[1])
-    return _call("moejax_weight_gradient", shape, out_dtype, x, dy, group_sizes, isa=isa)
+    return call("moejax_weight_gradient", [(shape, out_dtype)], x, dy, group_sizes, isa=isa)[0]
 
 
-def _call(handler: str, shape: tuple[int, ...], dtype: DTypeLike, *operands: jax.Array, **attributes: int) -> jax.Array:
-    """Inside shard_map the result differs along every axis along which an operand does."""
-    operands = tuple(varying_as(operand, *operands) for operand in operands)
-    kind = jax.typeof(operands[0])
-    # JAX takes the mark of what differs only beside the mesh that it refers to.
-    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None
-    result = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=kind.manual_axis_type)
-    numbers = {name: value if isinstance(value, bool) else np.int64(value) for name, value in attributes.items()}
-    return jax.ffi.ffi_call(handler, result)(*operands, **numbers)
+def take(table: Array, index: Int[Array, " M"]) -> Array:
+    """`table[index]` along the first axis, of any type; zeros where the index is of no row."""
+    return call("moejax_take", [((index.size, *table.shape[1:]), table.dtype)], table, index)[0]
+
+
+def put(places: Array, rows: Array, index: Int[Array, "B S"]) -> Array:
+    """`places [B, G, C, H]`, consumed, with `rows [B, S, G, H]` at their places `[B, S]`; those that are none are
+    left out."""
+    return call("moejax_put", [(places.shape, places.dtype)], places, rows, index, aliases={0: 0})[0]

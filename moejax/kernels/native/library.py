@@ -9,7 +9,14 @@ import jax
 
 from moejax.kernels.native import build
 
-HANDLERS = ("moejax_products", "moejax_packed_products", "moejax_weight_gradient")
+HANDLERS = (
+    "moejax_products",
+    "moejax_packed_products",
+    "moejax_weight_gradient",
+    "moejax_attend",
+    "moejax_take",
+    "moejax_put",
+)
 
 
 def available() -> bool:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moejax.kernels.block import Block
+from moejax.kernels.rows import take_rows
 from moejax.moe.dispatch import make_plan
 from moejax.moe.experts import grouped_mlp, shared_expert
 from moejax.moe.params import ExpertParams
@@ -35,11 +36,11 @@ def all_reduce(
         )
         position = plan.sorted_position()
         pair = jnp.zeros_like(position).at[position].set(jnp.arange(position.size, dtype=jnp.int32))
-        rows = weigh_inputs(x[lax.div(pair, jnp.int32(routing.experts.shape[1]))], plan.weights, pair, local)
+        rows = weigh_inputs(take_rows(x, lax.div(pair, jnp.int32(routing.experts.shape[1]))), plan.weights, pair, local)
     with jax.named_scope("experts"):
         outputs = grouped_mlp(rows, local.routed(params), plan.counts, local.activation)
     with jax.named_scope("combine"):
-        pairs = outputs[position].reshape(*routing.experts.shape, -1)
+        pairs = take_rows(outputs, position).reshape(*routing.experts.shape, -1)
         y = combine(pairs, plan.weights, local)
         if params.shared_gate_up is not None:
             y = y + _shared_part(x, params, local)

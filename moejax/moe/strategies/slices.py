@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.rows import take_rows
 from moejax.moe.experts import grouped_down, grouped_gate_up
 from moejax.moe.params import ExpertParams
 from moejax.moe.strategies.cells import Cells, grouped_rows
@@ -76,7 +77,7 @@ def _rows_of_pairs(
 
 def _pick(rows: Float[Array, "M d"], index: Int[Array, " N"]) -> Float[Array, "N d"]:
     """The rows at `index`; zeros where it is past the end."""
-    return rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return take_rows(rows, index)
 
 
 def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:

@@ -20,6 +20,7 @@ namespace moejax::avx2 {
 #define MOEJAX_ROWS 6
 #define MOEJAX_SPLATS 8
 #include "vectors.h"
+#include "softmax.h"
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
@@ -78,6 +79,9 @@ constexpr Isa MakeIsa() {
   isa.transpose = TransposeBlocks;
   isa.widen = Widen;
   isa.narrow = Narrow;
+  isa.mask = Mask;
+  isa.powers = Powers;
+  isa.fade_add = FadeAdd;
   isa.unpack_mxfp4 = UnpackMxfp4;
   return isa;
 }

@@ -21,6 +21,7 @@ namespace moejax::avx512 {
 #define MOEJAX_ROWS 6
 #define MOEJAX_SPLATS 16
 #include "vectors.h"
+#include "softmax.h"
 
 // Sixteen floats made of sixteen bfloat16.
 struct WidenedRows {
@@ -31,7 +32,7 @@ struct WidenedRows {
   static constexpr int kRows = 1, kBytes = 2;
 };
 
-// Four rows' 128-bit quarters change places with the rows: the last two steps of a transposition.
+// Cells, then pairs of cells, then quarters of vectors change places, each step among rows twice as far apart.
 inline void Transpose16(const char* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
   __m512i row[16], pair[16], quad[16], half[16];
 #pragma GCC unroll 16
@@ -106,6 +107,9 @@ constexpr Isa MakeIsa() {
   isa.transpose = TransposeBlocks;
   isa.widen = Widen;
   isa.narrow = Narrow;
+  isa.mask = Mask;
+  isa.powers = Powers;
+  isa.fade_add = FadeAdd;
   isa.unpack_mxfp4 = UnpackBlocks;
   return isa;
 }

@@ -57,6 +57,11 @@ struct Isa {
   void (*interleave)(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* dst);
   void (*widen)(const uint16_t* src, int64_t n, float* dst);
   void (*narrow)(const float* src, int64_t n, uint16_t* dst);
+  // Of attention, see softmax.h.
+  float (*mask)(float* scores, int64_t n, float scale, const int32_t* places, int32_t first, int32_t last,
+                const int32_t* segments, int32_t segment);
+  float (*powers)(float* scores, int64_t n, float largest);
+  void (*fade_add)(float* sums, const float* more, int64_t n, float factor);
   // `count` blocks of 32 four-bit values, 16 bytes each, to bfloat16.
   void (*unpack_mxfp4)(const uint8_t* blocks, const uint8_t* scales, int64_t count, uint16_t* dst);
 };

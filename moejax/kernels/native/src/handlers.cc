@@ -3,8 +3,10 @@
 #include <cstdio>
 #include <vector>
 
+#include "attention.h"
 #include "block.h"
 #include "isas.h"
+#include "rows.h"
 #include "share.h"
 #include "tasks.h"
 #include "xla/ffi/api/ffi.h"
@@ -129,9 +131,95 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
+// Null for an operand that is not there, which comes as an empty array.
+template <class T>
+const T* MayBeEmpty(const T* data, size_t elements) {
+  return elements ? data : nullptr;
+}
+
+using Ints = ffi::Buffer<ffi::S32>;
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::Buffer<ffi::F32> sinks, Ints first, Ints last, Ints query_segments, Ints places,
+                  Ints key_segments, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> logs,
+                  float scale, int64_t isa) {
+  auto q_shape = q.dimensions(), k_shape = k.dimensions();
+  Attention attention{static_cast<const char*>(q.untyped_data()),
+                      static_cast<const char*>(k.untyped_data()),
+                      static_cast<const char*>(v.untyped_data()),
+                      TypeOf(q.element_type()),
+                      q_shape[0], q_shape[1], q_shape[2], k_shape[1], k_shape[2], q_shape[3], v.dimensions()[3],
+                      MayBeEmpty(sinks.typed_data(), sinks.element_count()),
+                      first.typed_data(),
+                      last.typed_data(),
+                      MayBeEmpty(query_segments.typed_data(), query_segments.element_count()),
+                      places.typed_data(),
+                      MayBeEmpty(key_segments.typed_data(), key_segments.element_count()),
+                      scale,
+                      static_cast<char*>(out->untyped_data()),
+                      logs->typed_data()};
+  const Isa& chosen = IsaAt(isa);
+  auto work = [attention, tasks = AttentionTasks(attention), &chosen](int64_t i) {
+    thread_local AttentionScratches scratches;
+    AttentionBlock(chosen, attention, tasks[i], scratches).Run();
+  };
+  int64_t tasks = AttentionTasks(attention).size();
+  double pairs = 1.0 * attention.batch * attention.heads * attention.queries * attention.keys;
+  ShareTasks(pool, tasks, WorthSharing(pairs * (attention.width + attention.value_width), 0), work);
+  return ffi::Error::Success();
+}
+
+ffi::Error Take(ffi::ThreadPool pool, ffi::AnyBuffer table, Ints index, ffi::Result<ffi::AnyBuffer> out) {
+  constexpr int64_t kEach = 64;
+  int64_t count = table.dimensions()[0], rows = index.element_count();
+  int64_t row_bytes = count ? table.size_bytes() / count : 0;
+  const char* from = static_cast<const char*>(table.untyped_data());
+  char* to = static_cast<char*>(out->untyped_data());
+  auto work = [=, index = index.typed_data()](int64_t i) {
+    TakeRows(from, count, row_bytes, index, i * kEach, std::min(rows, (i + 1) * kEach), to);
+  };
+  ShareTasks(pool, (rows + kEach - 1) / kEach, WorthSharing(0, 1.0 * rows * row_bytes), work);
+  return ffi::Error::Success();
+}
+
+// XLA gives `out` the memory of `places`, so that only the new rows are written.
+ffi::Error Put(ffi::AnyBuffer places, ffi::AnyBuffer fresh, Ints index, ffi::Result<ffi::AnyBuffer> out) {
+  auto shape = places.dimensions();
+  if (out->untyped_data() != places.untyped_data())
+    std::memcpy(out->untyped_data(), places.untyped_data(), places.size_bytes());
+  int64_t rows = shape[0] * shape[1] * shape[2];
+  PutRows(static_cast<char*>(out->untyped_data()), shape[0], shape[1], shape[2], rows ? places.size_bytes() / rows : 0,
+          static_cast<const char*>(fresh.untyped_data()), index.typed_data(), index.dimensions()[1]);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_attend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    moejax_take, Take,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Ints>().Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    moejax_put, Put, ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Ints>().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_products, Products,
                               ffi::Ffi::Bind()

@@ -48,12 +48,24 @@ inline bool HasAmx() {
 inline std::vector<const Isa*> PresentIsas() {
   std::vector<const Isa*> isas = {&portable::kIsa};
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   if (HasAvx2()) isas.push_back(&avx2::kIsa);
   if (HasAvx512()) isas.push_back(&avx512::kIsa);
   if (HasAvx512Bf16()) isas.push_back(&avx512_bf16::kIsa);
   if (HasAmx()) isas.push_back(&amx::kIsa);
 #endif
   return isas;
+}
+
+// One block of all sixteen codes under each scale.
+inline std::vector<float> UnpackEverything(const Isa& isa) {
+  constexpr int64_t kScales = 256;
+  std::vector<uint8_t> blocks(kScales * kBlockBytes), scales(kScales);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<uint8_t>(i % 16 | (15 - i % 16) << 4);
+  for (int64_t i = 0; i < kScales; ++i) scales[i] = static_cast<uint8_t>(i);
+  std::vector<uint16_t> narrow(kScales * kBlock);
+  isa.unpack_mxfp4(blocks.data(), scales.data(), kScales, narrow.data());
+  return std::vector<float>(narrow.begin(), narrow.end());  // their bits as numbers, which have to be the same
 }
 
 // Products small enough to take no time, odd enough to reach every routine's tails.
@@ -86,13 +98,15 @@ inline std::vector<float> CheckProducts(const Isa& isa) {
           BlockProduct(isa, block, scratches).Run();
           results.insert(results.end(), out.begin(), out.end());
         }
+  std::vector<float> values = UnpackEverything(isa);
+  results.insert(results.end(), values.begin(), values.end());
   return results;
 }
 
 inline bool Agrees(const Isa& isa, const std::vector<float>& expected) {
   std::vector<float> results = CheckProducts(isa);
   for (size_t i = 0; i < expected.size(); ++i)
-    if (!(std::fabs(results[i] - expected[i]) < 1e-4f)) return false;  // sums of 96 products below one
+    if (!(std::fabs(results[i] - expected[i]) < 1e-4f)) return false;  // the products' sums are of 96 numbers below one
   return true;
 }
 

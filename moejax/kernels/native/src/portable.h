@@ -11,6 +11,7 @@ namespace moejax::portable {
 #define MOEJAX_ROWS 6
 #define MOEJAX_SPLATS 8
 #include "vectors.h"
+#include "softmax.h"
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
@@ -26,6 +27,9 @@ constexpr Isa MakeIsa() {
   isa.transpose = Transpose;
   isa.widen = Widen;
   isa.narrow = Narrow;
+  isa.mask = Mask;
+  isa.powers = Powers;
+  isa.fade_add = FadeAdd;
   isa.unpack_mxfp4 = UnpackMxfp4;
   return isa;
 }
