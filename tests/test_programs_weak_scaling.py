@@ -27,7 +27,7 @@ def cost(ep):
 def test_256_devices_do_and_hold_what_16_do():
     few, many = cost(2), cost(32)
     assert (many.devices, few.devices) == (256, 16)
-    for name in ("flops", "ep_bytes", "tp_bytes"):
+    for name in ("flops", "most_flops", "ep_bytes", "tp_bytes"):
         assert getattr(many, name) == getattr(few, name), name
     assert many.temporaries <= 1.001 * few.temporaries
     assert many.arguments < few.arguments / 12
@@ -39,6 +39,7 @@ def test_the_exchange_costs_its_bytes_and_its_headroom():
     assert alone.ep_bytes == 0
     assert many.ep_bytes == 2 * 2 * CELLS * width // TP + 4 * CONFIG.num_experts
     inner = CONFIG.intermediate_size // TP
-    assert many.flops - alone.flops == 2 * (CELLS - PAIRS) * 3 * width * inner
+    assert many.flops == alone.flops == alone.most_flops
+    assert many.most_flops - alone.most_flops == 2 * (CELLS - PAIRS) * 3 * width * inner
     assert many.tp_bytes - alone.tp_bytes == 2 * (CELLS - PAIRS) * (width // TP + width)
     assert many.temporaries - alone.temporaries <= 2 * (CELLS - PAIRS) * (2 * width + 3 * inner) + many.ep_bytes

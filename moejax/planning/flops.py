@@ -30,12 +30,16 @@ def _of_dot(line: Instruction, left: Instruction) -> int:
     return 2 * line.result[0].size * contracted
 
 
-def grouped_flops(program: Program) -> int:
-    """Those of our kernels for grouped products `x[M, K] w[G, K, N]`, all M rows filled; of the first wave alone."""
-    total = 0
-    for line in program.computations[program.entry]:
+def grouped_flops(program: Program, rows: int | None = None) -> int:
+    """Those of our kernels for grouped products `x[M, K] w[G, K, N]`, of the first wave alone.
+
+    Args:
+      rows: how many of the M are there; None: all.
+    """
+    total, lines = 0, program.computations[program.entry]
+    made = {line.name: line.result for line in lines}
+    for line in lines:
         if line.opcode == "custom-call":
-            made = {other.name: other.result for other in program.computations[program.entry]}
-            (groups,) = (made[name][0].shape for name in line.operands if len(made[name][0].shape) == 3)
-            total += 2 * line.result[0].size * (math.prod(groups[1:]) // line.result[0].shape[1])
+            (weights,) = (made[name][0].shape for name in line.operands if len(made[name][0].shape) == 3)
+            total += 2 * (rows or line.result[0].shape[0]) * math.prod(weights[1:])
     return total

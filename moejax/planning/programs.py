@@ -93,14 +93,14 @@ def _begun(graph: Any, state: Any, lie: Lie, max_len: int) -> tuple[Step, Reques
     return step, requests
 
 
-def _rows(lie: Lie, dtype: DTypeLike, *rest: int) -> jax.ShapeDtypeStruct:
+def _rows(lie: Lie, dtype: DTypeLike, *rest: int) -> Any:
     """An input with one entry a row of the batch, cut as the stream is."""
     return _shape(lie.stream.mesh, lie.stream.batch_spec, dtype, lie.rows, *rest)
 
 
-def _whole(mesh: Mesh, dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+def _whole(mesh: Mesh, dtype: DTypeLike, *shape: int) -> Any:
     return _shape(mesh, PartitionSpec(), dtype, *shape)
 
 
-def _shape(mesh: Mesh, spec: PartitionSpec, dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+def _shape(mesh: Mesh, spec: PartitionSpec, dtype: DTypeLike, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

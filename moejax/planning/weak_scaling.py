@@ -38,7 +38,8 @@ class Cost:
     """What one device of a mesh does and holds, by the compiled program, in the one wave of balanced routing.
 
     Attributes:
-      flops: of all products, were all rows of the exchange's cells filled.
+      flops: of all products, with as many rows for each device's experts as come on average.
+      most_flops: were all rows of the exchange's cells filled.
       ep_bytes, tp_bytes: operands of the collectives over each axis.
       temporaries: bytes.
       arguments: bytes of weights and tokens.
@@ -46,6 +47,7 @@ class Cost:
 
     devices: int
     flops: int
+    most_flops: int
     ep_bytes: int
     tp_bytes: int
     temporaries: int
@@ -57,11 +59,13 @@ def measure(config: MoEConfig, mesh: Mesh) -> Cost:
     ep = mesh.shape["ep"]
     compiled = compile_layer(config, mesh, tokens=TOKENS * ep, options=Options(strategy="all_to_all"))
     text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     program = Program.parse(text)
     once = [collective for collective in collectives(text, mesh) if not collective.loop]
     return Cost(
         devices=mesh.size,
-        flops=dot_flops(program) + grouped_flops(program),
+        flops=dot_flops(program) + grouped_flops(program, TOKENS * config.num_experts_per_tok),
+        most_flops=dot_flops(program) + grouped_flops(program),
         ep_bytes=sum(collective.bytes for collective in once if "ep" in collective.axes),
         tp_bytes=sum(collective.bytes for collective in once if collective.axes == ("tp",)),
         temporaries=memory.temp_size_in_bytes,
@@ -72,13 +76,13 @@ def measure(config: MoEConfig, mesh: Mesh) -> Cost:
 def table(costs: Sequence[Cost]) -> str:
     """The costs in Markdown."""
     rows = [
-        "| ep | devices | GFLOP | MB over ep | MB over tp | temporaries, MB | weights and tokens, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| ep | devices | GFLOP | GFLOP, cells full | MB over ep | MB over tp | temporaries, MB | arguments, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for cost in costs:
         sizes = (cost.ep_bytes, cost.tp_bytes, cost.temporaries, cost.arguments)
-        numbers = " | ".join(f"{size / 1e6:.1f}" for size in sizes)
-        rows.append(f"| {cost.devices // TP} | {cost.devices} | {cost.flops / 1e9:.1f} | {numbers} |")
+        numbers = [flops / 1e9 for flops in (cost.flops, cost.most_flops)] + [size / 1e6 for size in sizes]
+        rows.append(f"| {cost.devices // TP} | {cost.devices} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |")
     return "\n".join(rows)
 
 
@@ -86,12 +90,14 @@ def panels(costs: Sequence[Cost]) -> list[Panel]:
     """The costs over the number of devices."""
 
     def panel(title: str, unit: str, **lines: str) -> Panel:
-        points = {name: [(cost.devices, getattr(cost, name)) for cost in costs] for name in lines}
-        drawn = {label: [(x, y, y, y) for x, y in points[name] if y] for name, label in lines.items()}
-        return Panel(title, "devices", unit, drawn)
+        result = Panel(title, "devices", unit)
+        for name, label in lines.items():
+            values = ((cost.devices, float(getattr(cost, name))) for cost in costs)
+            result.lines[label] = [(x, y, y, y) for x, y in values if y]
+        return result
 
     return [
-        panel("computed by a device", "FLOP", flops="products"),
+        panel("computed by a device", "FLOP", flops="even routing", most_flops="cells full"),
         panel("moved by a device", "bytes", ep_bytes="over ep", tp_bytes="over tp"),
         panel("held by a device", "bytes", temporaries="temporaries", arguments="weights and tokens"),
     ]

@@ -19,6 +19,7 @@ from moejax.sharding import varying
 T = TypeVar("T")
 Values: TypeAlias = tuple[jax.Array, jax.Array, ExpertParams]
 """What gradients flow to: shares of the tokens, routing weights, and the experts of this device."""
+_NOTHING: Any = None  # under way before the first slice and after the last
 
 
 def exchange(
@@ -61,18 +62,18 @@ def _wave(values: Values, indices: tuple[jax.Array, ...], wave: jax.Array, cells
     """
     share, weights, experts = values
     slices = [Slice(chunk, weights, indices, wave, cells, local) for chunk in range(local.chunks)]
-    arriving, leaving, parts = swap(slices[0].send(share), local), None, []
+    parts, leaving, arriving = [], _NOTHING, swap(slices[0].send(share), local)
     for this, following, before in zip(slices, [*slices[1:], None], [None, *slices[:-1]], strict=True):
         rows = gather_share(arriving, experts.gate_up.shape[1], local)
         rows, leaving, share = _together((rows, leaving, share), local)
         inner = this.gate_up(rows, experts)
-        returned = None if before is None else swap(leaving, local)
+        returned = swap(leaving, local) if before else _NOTHING
         inner, returned, share = _together((inner, returned, share), local)
         outputs = this.down(inner, experts)
-        arriving = None if following is None else swap(following.send(share), local)
+        arriving = swap(following.send(share), local) if following else _NOTHING
         outputs, arriving, share = _together((outputs, arriving, share), local)
         leaving = this.reply(outputs)
-        if before is not None:
+        if before:
             parts.append(before.combine(returned))
     parts.append(slices[-1].combine(swap(leaving, local)))
     return functools.reduce(jnp.add, parts)
