@@ -94,7 +94,7 @@ if __name__ == "__main__":
 
 def why_unavailable(capsys) -> str:
     """The one line that says why a process has no handlers."""
-    assert library.instruction_sets.__wrapped__() == ()
+    assert library._set_up.__wrapped__() == ()
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import threading
 from functools import cache
 
 import jax
@@ -17,6 +18,7 @@ HANDLERS = (
     "moejax_take",
     "moejax_put",
 )
+_LOCK = threading.Lock()
 
 
 def available() -> bool:
@@ -28,9 +30,14 @@ def available() -> bool:
     return bool(instruction_sets())
 
 
-@cache
 def instruction_sets() -> tuple[str, ...]:
     """The names of the instruction sets that the handlers can use here, the best last; empty without handlers."""
+    with _LOCK:  # of two threads that trace at once, one compiles and registers
+        return _set_up()
+
+
+@cache
+def _set_up() -> tuple[str, ...]:
     if os.environ.get("MOEJAX_NATIVE") == "0":
         _say("off, since MOEJAX_NATIVE=0 is set; products go through XLA alone, which is slower")
         return ()

@@ -26,8 +26,8 @@ inline float WidenOne(uint16_t bits) {
 using Tile = void (*)(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
                       float* c, int64_t c_stride, bool add);
 
-// The same where b lies in memory as it is given to us, [steps, columns] in floats or pairs of rows of bfloat16; columns
-// are a multiple of 16. It always adds. Made for few rows, whose speed is that of reading b: it walks along b's rows.
+// The same for whole panels of a b that is not packed: [steps, columns] in floats, or in rows of bfloat16 of which pairs
+// make a step. It always adds. Made for few rows of a, whose speed is that of reading b: it walks along b's rows.
 using Stream = void (*)(int64_t rows, int64_t steps, int64_t columns, const char* a, int64_t a_stride, const char* b,
                         int64_t b_stride, float* c, int64_t c_stride);
 
