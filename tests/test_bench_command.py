@@ -160,7 +160,7 @@ def test_a_plot_is_drawn_of_every_benchmark(suffix, tmp_path):
         | {name: seconds for name in ("seconds", "ttft_s", "tpot_s")}
         for t in (1, 8)
     ]
-    facts = {"model": "m", "mesh": "m", "bytes": 5, "input_len": 8, "rows": rows}
+    facts = {"model": "m", "mesh": "m", "bytes": 5, "input_len": 8, "batch_size": 2, "seq_len": 8, "rows": rows}
     facts["batches"] = [{"batch_size": 1, "rows": rows}]
     for name in bench.BENCHMARKS:
         file = tmp_path / f"{name}{suffix}"

@@ -18,8 +18,8 @@ windows, chunks, a prompt's part over a cache, a decoded token over a ring: all 
 - `native`, a C++ handler, walks over the same blocks on the caches as they lie, with the matrix products of the
   experts' kernel: XLA copies each block that it cuts out of a cache, and widening it is another copy.
 - `triton`, a Pallas kernel, takes every width and type, sinks, windows, chunks and segments, latent attention written
-  out and over latents. cuDNN's attention is not used: it has no sinks and no heads wider than 256, and compiles only
-  where a GPU is at hand, so that nothing here could check it.
+  out and over latents. cuDNN's attention, as JAX offers it, has no sinks and no heads wider than 128 (those of latent
+  attention are 192 and 576): it would be a second way for some of the models.
 - TPUs take the blocks too: their matrix units multiply narrow types as they are, and a block is large enough to fill
   them.
 

@@ -20,26 +20,41 @@
 namespace moejax {
 
 #if defined(__x86_64__)
-inline bool CpuidBit(int leaf, int subleaf, int which, int bit) {
+// Asked of the processor itself: the compilers' own builtins know different names, and some runtimes never fill them in.
+enum Register { kEax, kEbx, kEcx, kEdx };
+
+inline bool CpuidBit(int leaf, int subleaf, Register which, int bit) {
   unsigned registers[4] = {};
   if (!__get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3])) return false;
   return registers[which] >> bit & 1;
 }
 
-inline bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-inline bool HasAvx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && HasAvx2();
+// Whether the system saves these parts of a thread's state: bits of the extended control register 0.
+inline bool SystemSaves(unsigned parts) {
+  if (!CpuidBit(1, 0, kEcx, 27)) return false;  // the register may not be read
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & parts) == parts;
 }
 
-inline bool HasAvx512Bf16() { return HasAvx512() && CpuidBit(7, 1, 0, 5); }
+constexpr unsigned kVectorState = 0x6, kAvx512State = 0xE6, kTileState = 0x60000;
+
+inline bool HasAvx2() { return SystemSaves(kVectorState) && CpuidBit(7, 0, kEbx, 5) && CpuidBit(1, 0, kEcx, 12); }
+
+inline bool HasAvx512() {
+  bool has = HasAvx2() && SystemSaves(kAvx512State);
+  for (int bit : {16, 17, 30, 31}) has = has && CpuidBit(7, 0, kEbx, bit);  // f, dq, bw, vl
+  return has;
+}
+
+inline bool HasAvx512Bf16() { return HasAvx512() && CpuidBit(7, 1, kEax, 5); }
 
 inline bool HasAmx() {
 #if defined(MOEJAX_EMULATED_AMX)
   return HasAvx512Bf16();
 #else
-  return HasAvx512Bf16() && CpuidBit(7, 0, 3, 22) && CpuidBit(7, 0, 3, 24) && amx::Permitted();
+  bool has = HasAvx512Bf16() && CpuidBit(7, 0, kEdx, 22) && CpuidBit(7, 0, kEdx, 24);  // bfloat16 and tiles
+  return has && SystemSaves(kTileState) && amx::Permitted();
 #endif
 }
 #endif
@@ -48,7 +63,6 @@ inline bool HasAmx() {
 inline std::vector<const Isa*> PresentIsas() {
   std::vector<const Isa*> isas = {&portable::kIsa};
 #if defined(__x86_64__)
-  __builtin_cpu_init();
   if (HasAvx2()) isas.push_back(&avx2::kIsa);
   if (HasAvx512()) isas.push_back(&avx512::kIsa);
   if (HasAvx512Bf16()) isas.push_back(&avx512_bf16::kIsa);
