@@ -101,9 +101,10 @@ class BlockProduct {
   };
 
   // Steps of the depth that are done at once. Few rows: all of them, unless columns have to be unpacked first. Many: so
-  // many that a packed panel fits the second-level cache several times.
+  // few that the rows of the next panel, fetched ahead, all find room in the second-level cache even where they lie a
+  // power of two apart and compete for the same few of its lines.
   int64_t Slice() const {
-    if (!few_) return 256;
+    if (!few_) return 128 / per_cell_;
     return !block_.right.columns_first || InPlace(block_.right.type) ? steps_ : 1024;
   }
 
@@ -223,7 +224,25 @@ class BlockProduct {
     }
     const char* from = right.data + Element(span) * right.stride + column * SizeOf(right.type);
     Operand cells = StepCells(from, right.type, right.stride, Elements(span), columns, kPanel, false);
+    FetchNext(span, column);
     Tiles(pairs_ ? isa_.tile_pairs : isa_.tile_f32, left, span.count, cells, sums, add);
+  }
+
+  // Which rows of the right operand the next panel is made of; none after the last.
+  void FetchNext(Span span, int64_t column) {
+    const Right& right = block_.right;
+    int64_t next = column + kPanel, first = Element(span), n = Elements(span);
+    if (next >= block_.columns) next = 0, first += n;
+    fetch_from_ = right.data + first * right.stride + next * SizeOf(right.type);
+    fetch_rows_ = std::min(n, block_.depth - first);
+  }
+
+  // Asks for the rows [from, past) of the next panel while this one is multiplied: they lie far apart, where a
+  // processor does not fetch ahead by itself.
+  void Fetch(int64_t from, int64_t past) const {
+    for (int64_t k = from; k < past; ++k)
+      for (int64_t byte = 0; byte < kPanel * SizeOf(block_.right.type); byte += 64)
+        __builtin_prefetch(fetch_from_ + k * block_.right.stride + byte, 0, 2);
   }
 
   // The rows in tiles of as equal a height as there are.
@@ -232,6 +251,7 @@ class BlockProduct {
     int64_t tiles = (block_.rows + most - 1) / most;
     for (int64_t i = 0; i < tiles; ++i) {
       int64_t row = block_.rows * i / tiles, past = block_.rows * (i + 1) / tiles;
+      Fetch(fetch_rows_ * i / tiles, fetch_rows_ * (i + 1) / tiles);
       tile(past - row, steps, left.data + row * left.stride, left.stride, right.data, right.stride,
            sums + row * sums_stride_, sums_stride_, add);
     }
@@ -255,6 +275,8 @@ class BlockProduct {
   int64_t per_cell_, steps_;
   float* sums_;
   int64_t sums_stride_;
+  const char* fetch_from_ = nullptr;
+  int64_t fetch_rows_ = 0;
 };
 
 }  // namespace moejax
