@@ -10,7 +10,7 @@ namespace moejax {
 
 constexpr int64_t kMostRows = 256;    // of a block: its slice of the left operand stays in the second-level cache
 constexpr int64_t kMostPanels = 4;    // of a block, for the same reason
-constexpr int64_t kMostFewPanels = 16;  // of a block of few rows: long rows of the right operand are read faster
+constexpr int64_t kMostFewPanels = 32;  // of a block of few rows: long rows of the right operand are read faster
 
 // Each group's first row and, last, one past the last group's last; never past `rows`, whatever the sizes say.
 inline std::vector<int64_t> GroupStarts(const int32_t* sizes, int64_t groups, int64_t rows) {
