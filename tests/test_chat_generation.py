@@ -33,7 +33,7 @@ class Scripted:
 
     def step(self, *_: object) -> tuple[np.ndarray, None, int]:
         at, self._at = self._at, self._at + 1
-        return np.array([row[at] if at < len(row) else 0 for row in self.script[: self._rows]]), None, 0
+        return np.array([[row[at] if at < len(row) else 0 for row in self.script[: self._rows]]]), None, 0
 
 
 @pytest.fixture(params=["harmony", "think"])

@@ -13,10 +13,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import LatentAttentionConfig, NormConfig
+from moejax.kernels.attention.blocks import LOW, block_of_keys, key_block
+from moejax.kernels.attention.platforms import attention_with_logs
+from moejax.kernels.attention.sight import Keys, queries_at
 from moejax.kernels.linear import linear
 from moejax.nn.attend import attend_causal, attend_places
 from moejax.nn.cache import held
@@ -28,7 +32,7 @@ from moejax.nn.places import Places
 from moejax.nn.rope import apply_rope
 from moejax.nn.stream import Stream
 from moejax.precision import precision_of
-from moejax.sharding import AnyMesh, axis_size, pad_axis, place, psum, sharded_param
+from moejax.sharding import AnyMesh, axis_size, pad_axis, place, psum, sharded_param, varying_as
 
 Params: TypeAlias = dict[str, Any]
 Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
@@ -36,6 +40,9 @@ Mix: TypeAlias = Callable[..., tuple[jax.Array, LatentCache | None]]
 # The axis of each parameter that its heads are on, which is cut over tp.
 HEADS = {"q": 1, "q_b": 1, "kv_b": 1, "o": 0}
 LINEAR = {"q", "q_b", "o"}
+
+WRITTEN_OUT = 256
+"""Latents of a cache whose keys and values are there at one time."""
 
 
 class LatentAttention(nnx.Module):
@@ -167,9 +174,26 @@ class LatentAttention(nnx.Module):
         positions: Int[Array, "B S"],
         held_places: Int[Array, "B C"],
     ) -> Float[Array, "B S N Hv"]:
-        """Over the keys and values of each local head: fewer products where many queries share what is written out."""
-        k, v = self._written_out(params, latent)
-        return attend_places(q, k, v, positions, held_places, scale=self.config.scale)
+        """Over the keys and values of each local head: fewer products where many queries share what is written out.
+
+        One block of the filled places is written out at a time, so that memory does not grow with the cache.
+        """
+        size = min(WRITTEN_OUT, latent.shape[1])
+        queries, keys = queries_at(positions, None, None, None), Keys(held_places, None)
+
+        def of_block(j: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            out, logs = sums
+            k, v = self._written_out(params, key_block(latent, 1, j, size))
+            more, more_logs = attention_with_logs(q, k, v, queries, block_of_keys(keys, j, size), self.config.scale)
+            total = jnp.logaddexp(logs, more_logs)
+            parts = (out, logs), (more.astype(jnp.float32), more_logs)
+            return sum(part * jnp.exp(log - total)[..., None] for part, log in parts), total
+
+        shape = (*q.shape[:3], self.config.value_dim)
+        nothing = varying_as(jnp.zeros(shape, jnp.float32), q, latent, held_places)
+        blocks = (held_places.max() + jnp.int32(size)) // size  # place p holds position p
+        start = (nothing, jnp.full_like(nothing[..., 0], LOW))
+        return lax.fori_loop(jnp.int32(0), blocks, of_block, start)[0].astype(q.dtype)
 
     def _over_latents(
         self,

@@ -41,6 +41,24 @@ def attention(
     return _traced_once(scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands))
 
 
+def attention_with_logs(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B G T H"],
+    v: Float[Array, "B G T Hv"],
+    queries: Queries,
+    keys: Keys,
+    scale: float,
+) -> tuple[Float[Array, "B S N Hv"], Float[Array, "B S N"]]:
+    """Attention to a part of the keys, and the f32 logarithm of each query's sum, by which parts are put together.
+
+    Not differentiable.
+    """
+    operands = (q, k, v, None, queries, keys)
+    leaves = jax.tree.leaves(operands)
+    out, saved = _forward(scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands))
+    return out, saved[-1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
     scale: float,
