@@ -26,6 +26,16 @@ def test_sixteen_bits_are_accumulated_in_float32(dtype):
     check(products, weight_gradient, 300, [130, 0, 1, 157], shape=(520, 136), dtype=dtype)
 
 
+def test_a_block_of_columns_is_read_where_it_lies():
+    """The groups on the middle axis: the same products as with the blocks cut out."""
+    rng = np.random.default_rng(0)
+    x, w, sizes = normal(rng, 7, 20), normal(rng, 20, 3, 9), jnp.array([0, 5, 1], jnp.int32)
+    options = {"transposed": False, "out_dtype": jnp.float32}
+    got = compiled(functools.partial(products, group_axis=1, **options))(x, w, sizes)
+    want = compiled(functools.partial(products, **options))(x, jnp.moveaxis(w, 1, 0), sizes)
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("dtype", "rows", "sizes"), [(jnp.float32, 13, [3, 0, 2, 4]), (jnp.bfloat16, 150, [130, 5, 0, 15])]
 )

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -16,16 +17,24 @@ _HOPPER = re.compile(r"\bG?H\d+\b")
 
 def products(
     x: Float[Array, "M K"],
-    w: Float[Array, "G K N"] | Float[Array, "G N K"] | PackedMatrix,
+    w: Float[Array, "_ _ _"] | PackedMatrix,
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
     out_dtype: DTypeLike,
+    group_axis: int = 0,
 ) -> Float[Array, "M N"]:
-    """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group."""
+    """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group.
+
+    With `group_axis` 1 a dense w is `[K, G, N]`.
+    """
     device = device_of(x)
     if not _runs_triton(device):
+        w = w if isinstance(w, PackedMatrix) else jnp.moveaxis(w, group_axis, 0)
         return tile_loop.products(x, w, group_sizes, transposed).astype(out_dtype)
+    if group_axis:
+        options = {"transposed": transposed, "out_dtype": out_dtype, "group_axis": group_axis}
+        return triton.products(x, w, group_sizes, **options)
     if isinstance(w, PackedMatrix) or not _HOPPER.search(device.device_kind):
         return triton.products(x, w, group_sizes, transposed=transposed, out_dtype=out_dtype)
     kernel = hopper if hopper.supports(x, w, transposed=transposed, out_dtype=out_dtype) else triton

@@ -128,15 +128,14 @@ def block_product(
     def on_cuda(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
         from moejax.kernels import cuda
 
-        return cuda.products(x, w, sizes(x, w, index), transposed=transposed, out_dtype=out_dtype)
+        return cuda.products(x, w, sizes(x, w, index), transposed=transposed, out_dtype=out_dtype, group_axis=axis)
 
     def anywhere(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
         matrix = lax.dynamic_index_in_dim(w, index, axis, keepdims=False)
         return product(x, matrix, transposed=transposed, out_dtype=out_dtype)
 
-    # XLA cuts a block out first, which is a copy. The GPU's kernels take blocks that are whole matrices in memory.
-    kernels = {"cpu": on_cpu} if axis else {"cpu": on_cpu, "cuda": on_cuda}
-    return choose(x, w, index, kernels=kernels, default=anywhere)
+    # XLA cuts a block out first, which is a copy.
+    return choose(x, w, index, kernels={"cpu": on_cpu, "cuda": on_cuda}, default=anywhere)
 
 
 def _all_rows(x: jax.Array) -> jax.Array:

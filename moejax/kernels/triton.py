@@ -31,14 +31,15 @@ class _Tile(NamedTuple):
 
 
 # Compiled apart, so that the layers of a model share one trace.
-@functools.partial(jax.jit, static_argnames=("transposed", "out_dtype", "interpret"))
+@functools.partial(jax.jit, static_argnames=("transposed", "out_dtype", "group_axis", "interpret"))
 def products(
     x: Float[Array, "M K"],
-    w: Float[Array, "G K N"] | Float[Array, "G N K"] | PackedMatrix,
+    w: Float[Array, "_ _ _"] | PackedMatrix,
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
     out_dtype: DTypeLike,
+    group_axis: int = 0,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
     """`x[i] @ w[g]` for each row i of group g, or `x[i] @ w[g].T` where `transposed`; zeros past the last group.
@@ -47,19 +48,26 @@ def products(
       x: rows sorted by group.
       w: one matrix a group, of x's dtype, or packed.
       group_sizes: rows of each group, int32, their sum at most M.
+      group_axis: 1 where a dense w is `[K, G, N]`: blocks of columns of one matrix.
       interpret: run on any platform, slowly.
 
     Returns:
       The products, accumulated in f32.
     """
-    rows, (groups, *sides) = x.shape[0], w.shape
+    rows, sides = x.shape[0], list(w.shape)
+    groups = sides.pop(group_axis)
     depth, width = reversed(sides) if transposed else sides
     if not rows:
         return jnp.zeros((0, width), out_dtype)
     tile = _tile(rows, groups, x.dtype)
     table = _tiles(group_sizes, rows, tile.rows)
     kernel = functools.partial(
-        _product_kernel, groups=groups, depth=depth, width=width, tile=tile, load_weights=_loader(w, transposed)
+        _product_kernel,
+        groups=groups,
+        depth=depth,
+        width=width,
+        tile=tile,
+        load_weights=_loader(w, transposed, group_axis),
     )
     return _call(
         kernel,
@@ -141,10 +149,11 @@ def _gradient_kernel(bounds_ref, x_ref, dy_ref, out_ref, *, depth: int, width: i
     _store(out_ref.at[group, across[:, None], columns[None, :]], total, across < depth, columns < width)
 
 
-def _loader(w: jax.Array | PackedMatrix, transposed: bool):
+def _loader(w: jax.Array | PackedMatrix, transposed: bool, group_axis: int):
     """The function that loads one group's weights `[inner, columns]`."""
-    load = _load_packed if isinstance(w, PackedMatrix) else _load_dense
-    return functools.partial(load, transposed=transposed)
+    if isinstance(w, PackedMatrix):
+        return functools.partial(_load_packed, transposed=transposed)
+    return functools.partial(_load_dense, transposed=transposed, group_axis=group_axis)
 
 
 def _parts(w: jax.Array | PackedMatrix) -> Sequence[jax.Array]:
@@ -153,11 +162,14 @@ def _parts(w: jax.Array | PackedMatrix) -> Sequence[jax.Array]:
     return (w,)
 
 
-def _load_dense(refs, group, inner, columns, depth: int, width: int, dtype: DTypeLike, transposed: bool) -> jax.Array:
+def _load_dense(
+    refs, group, inner, columns, depth: int, width: int, dtype: DTypeLike, transposed: bool, group_axis: int
+) -> jax.Array:
     (ref,) = refs
     down, across = inner[:, None], columns[None, :]
-    where = (group, across, down) if transposed else (group, down, across)
-    return plt.load(ref.at[where], mask=(down < depth) & (across < width), other=0)
+    where = [across, down] if transposed else [down, across]
+    where.insert(group_axis, group)
+    return plt.load(ref.at[tuple(where)], mask=(down < depth) & (across < width), other=0)
 
 
 def _load_packed(refs, group, inner, columns, depth: int, width: int, dtype: DTypeLike, transposed: bool) -> jax.Array:
