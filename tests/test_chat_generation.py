@@ -48,7 +48,8 @@ def model(kind, tmp_path) -> Any:
     tokenizer = tokenizer_of(HARMONY_MARKS if harmony else THINK_MARKS)
     eos = tokenizer.added_ids.get("<|return|>", 1)
     config = SimpleNamespace(context=1000, vocab_size=tokenizer.vocab_size, eos_ids=(2, eos), recomputed_after=None)
-    return SimpleNamespace(tokenizer=tokenizer, folder=tmp_path, config=config, generation_config={})
+    options = SimpleNamespace(capacity_factor=None)
+    return SimpleNamespace(tokenizer=tokenizer, folder=tmp_path, config=config, options=options, generation_config={})
 
 
 @pytest.fixture
