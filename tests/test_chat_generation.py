@@ -31,7 +31,7 @@ class Scripted:
     def start(self, *_: object) -> tuple[np.ndarray, None, int]:
         return self.step()
 
-    def step(self, *_: object) -> tuple[np.ndarray, None, int]:
+    def step(self, *_: object, most: int = 1) -> tuple[np.ndarray, None, int]:
         at, self._at = self._at, self._at + 1
         return np.array([[row[at] if at < len(row) else 0 for row in self.script[: self._rows]]]), None, 0
 
