@@ -6,11 +6,13 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import Activation
 from moejax.kernels.block import Block
+from moejax.kernels.gated_matmul import silu_gated_matmul
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.kernels.linear import linear
 from moejax.moe.activations import activate
 from moejax.moe.params import ExpertParams
 from moejax.precision import precision_of
+from moejax.quantization.packed import PackedMatrix
 
 
 def grouped_mlp(
@@ -33,6 +35,9 @@ def grouped_gate_up(
 ) -> Float[Array, "M F"]:
     """The first half of `grouped_mlp`, for the rows of the n experts from `first` on."""
     experts, width, _, hidden = params.gate_up.shape
+    plain = params.gate_up_bias is None and not isinstance(params.gate_up, PackedMatrix)
+    if plain and activation == "silu" and group_sizes.size == experts:
+        return silu_gated_matmul(rows, params.gate_up, group_sizes)
     both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes, first)
     if params.gate_up_bias is not None:
         bias = params.gate_up_bias.reshape(experts, 2 * hidden)[first : first + group_sizes.size]

@@ -5,7 +5,7 @@ multiplies groups by a dense expansion, bfloat16 vectors at a twentieth of the m
 array whole to read or write some of its rows.
 """
 
-from moejax.kernels.native.calls import products, put, take, weight_gradient
+from moejax.kernels.native.calls import gated_products, products, put, take, weight_gradient
 from moejax.kernels.native.library import available
 
-__all__ = ["available", "products", "put", "take", "weight_gradient"]
+__all__ = ["available", "gated_products", "products", "put", "take", "weight_gradient"]

@@ -38,6 +38,15 @@ def products(
     return call("moejax_products", [(shape, out_dtype)], x, w, group_sizes, **attributes)[0]
 
 
+def gated_products(
+    x: Float[Array, "M D"], gate_up: Float[Array, "G D FF"], group_sizes: Int[Array, " G"], *, isa: int = BEST
+) -> Float[Array, "M F"]:
+    """`silu(x[i] @ gate) * (x[i] @ up)` for each row i of group g, whose gate and up lie side by side in `gate_up[g]`;
+    zeros past the last group. Neither product is rounded."""
+    shape = (x.shape[0], gate_up.shape[2] // 2)
+    return call("moejax_gated_products", [(shape, x.dtype)], x, gate_up, group_sizes, isa=isa)[0]
+
+
 def weight_gradient(
     x: Float[Array, "M K"],
     dy: Float[Array, "M N"],

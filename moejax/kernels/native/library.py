@@ -13,6 +13,7 @@ from moejax.kernels.native import build
 HANDLERS = (
     "moejax_products",
     "moejax_packed_products",
+    "moejax_gated_products",
     "moejax_weight_gradient",
     "moejax_attend",
     "moejax_take",

@@ -82,6 +82,7 @@ constexpr Isa MakeIsa() {
   isa.mask = Mask;
   isa.powers = Powers;
   isa.fade_add = FadeAdd;
+  isa.silu_multiply = SiluMultiply;
   isa.unpack_mxfp4 = UnpackMxfp4;
   return isa;
 }

@@ -110,6 +110,7 @@ constexpr Isa MakeIsa() {
   isa.mask = Mask;
   isa.powers = Powers;
   isa.fade_add = FadeAdd;
+  isa.silu_multiply = SiluMultiply;
   isa.unpack_mxfp4 = UnpackBlocks;
   return isa;
 }

@@ -78,6 +78,12 @@ class BlockProduct {
   }
 
   void Run() {
+    Compute();
+    WriteOut();
+  }
+
+  // The sums alone, which stay in the scratch memory until its next use.
+  void Compute() {
     // A cache line more than whole panels: rows a power of two apart would fall on the same few lines of the cache.
     sums_stride_ = (block_.columns + kPanel - 1) / kPanel * kPanel + 16;
     sums_ = reinterpret_cast<float*>(scratches_.sums.Cells(block_.rows * sums_stride_));
@@ -88,7 +94,19 @@ class BlockProduct {
       Operand left = LeftCells(span);
       for (int64_t column = Streamed(left, span); column < block_.columns; column += kPanel) Panel(left, span, column);
     }
-    WriteOut();
+  }
+
+  // One row of them, up to the next whole panel.
+  float* Sums(int64_t row) const { return sums_ + row * sums_stride_; }
+
+  void WriteOut() {
+    for (int64_t r = 0; r < block_.rows; ++r) {
+      char* to = block_.out + r * block_.out_stride;
+      if (block_.out_type == Type::kF32)
+        std::memcpy(to, Sums(r), 4 * block_.columns);
+      else
+        isa_.narrow(Sums(r), block_.columns, reinterpret_cast<uint16_t*>(to));
+    }
   }
 
  private:
@@ -254,17 +272,6 @@ class BlockProduct {
       Fetch(fetch_rows_ * i / tiles, fetch_rows_ * (i + 1) / tiles);
       tile(past - row, steps, left.data + row * left.stride, left.stride, right.data, right.stride,
            sums + row * sums_stride_, sums_stride_, add);
-    }
-  }
-
-  void WriteOut() {
-    for (int64_t r = 0; r < block_.rows; ++r) {
-      const float* from = sums_ + r * sums_stride_;
-      char* to = block_.out + r * block_.out_stride;
-      if (block_.out_type == Type::kF32)
-        std::memcpy(to, from, 4 * block_.columns);
-      else
-        isa_.narrow(from, block_.columns, reinterpret_cast<uint16_t*>(to));
     }
   }
 

@@ -62,6 +62,8 @@ struct Isa {
                 const int32_t* segments, int32_t segment);
   float (*powers)(float* scores, int64_t n, float largest);
   void (*fade_add)(float* sums, const float* more, int64_t n, float factor);
+  // gate[i] = silu(gate[i]) * up[i], in whole vectors.
+  void (*silu_multiply)(float* gate, const float* up, int64_t n);
   // `count` blocks of 32 four-bit values, 16 bytes each, to bfloat16.
   void (*unpack_mxfp4)(const uint8_t* blocks, const uint8_t* scales, int64_t count, uint16_t* dst);
 };

@@ -102,6 +102,48 @@ ffi::Error PackedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ff
   return ffi::Error::Success();
 }
 
+// y[M, F] = silu(x gate) * (x up), gate and up side by side in w[G, K, 2 F]: neither product is written to memory.
+ffi::Error GatedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
+                         ffi::Result<ffi::AnyBuffer> y, int64_t isa) {
+  const Isa& chosen = IsaAt(isa);
+  int64_t depth = x.dimensions()[1], columns = y->dimensions()[1], rows = x.dimensions()[0];
+  int64_t groups = sizes.dimensions()[0];
+  Type type = TypeOf(w.element_type());
+  Right first{static_cast<const char*>(w.untyped_data()), nullptr, type, 2 * columns * SizeOf(type), 0, false};
+  Matrices matrices{first, depth * first.stride, 0};
+  std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, rows);
+  Tasks parts(columns);
+  for (int64_t g = 0; g < groups; ++g) parts.Add(g, starts[g], starts[g + 1] - starts[g]);
+  parts.Add(groups, starts[groups], rows - starts[groups]);  // past the last group, as in GroupedProducts
+  Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
+  left.stride = depth * SizeOf(left.type);
+  char* out = static_cast<char*>(y->untyped_data());
+  Type out_type = TypeOf(y->element_type());
+  auto work = [=, &chosen, tasks = parts.Cut()](int64_t i) {
+    thread_local Scratches scratches[2];
+    const Task& task = tasks[i];
+    bool past = task.group == groups;
+    auto half = [&](int64_t column) {
+      Block block{left, past ? first : matrices.At(task.group, column), task.rows, task.columns, past ? 0 : depth};
+      block.left.data += task.row * left.stride;
+      block.out_type = out_type;
+      block.out_stride = columns * SizeOf(out_type);
+      block.out = out + task.row * block.out_stride + task.column * SizeOf(out_type);
+      return block;
+    };
+    Block gate = half(task.column), up = half(columns + task.column);
+    BlockProduct gates(chosen, gate, scratches[0]), ups(chosen, up, scratches[1]);
+    gates.Compute();
+    ups.Compute();
+    for (int64_t r = 0; r < task.rows; ++r) chosen.silu_multiply(gates.Sums(r), ups.Sums(r), task.columns);
+    gates.WriteOut();
+  };
+  int64_t tasks = parts.Cut().size();
+  double size = 2.0 * depth * columns;
+  ShareTasks(pool, tasks, WorthSharing(size * starts[groups], 2 * size * std::min(groups, starts[groups])), work);
+  return ffi::Error::Success();
+}
+
 // dw[G, K, N]: each group's x.T dy, a product whose depth is the group's rows.
 ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::Buffer<ffi::S32> sizes,
                           ffi::Result<ffi::AnyBuffer> dw, int64_t isa) {
@@ -231,6 +273,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_products, Products,
                                   .Attr<bool>("transposed")
                                   .Attr<int64_t>("row_stride")
                                   .Attr<int64_t>("group_stride")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_gated_products, GatedProducts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_packed_products, PackedProducts,

@@ -54,6 +54,16 @@ inline float Powers(float* scores, int64_t n, float largest) {
   return Sum(sum);
 }
 
+// gate * sigmoid(gate) * up, with a power that cannot overflow: of minus the gate's size.
+inline void SiluMultiply(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec x = Load(gate + i), zero = {};
+    Vec power = Exponential(x > zero ? -x : x);
+    Vec weight = (x > zero ? zero + 1.0f : power) / (power + 1.0f);
+    Store(gate + i, x * weight * Load(up + i));
+  }
+}
+
 // sums = sums * factor + more.
 inline void FadeAdd(float* sums, const float* more, int64_t n, float factor) {
   for (int64_t i = 0; i < n; ++i) sums[i] = sums[i] * factor + more[i];
