@@ -50,8 +50,8 @@ def test_caches_are_updated_in_place_and_nothing_passes_through_the_host(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_down_matrices_of_experts_are_read_where_they_are(case):
-    """No kernel makes an array of their form. Of gate and up one does: their shape has another tiling in memory than the
-    kernel's, so that XLA lays them out anew, as the README says."""
+    """No kernel makes an array of their form. Of gate and up one does: their shape has another tiling in memory than
+    the kernel's, so that XLA lays them out anew, as the README says."""
     stack = case.moe.num_experts // EP, case.hidden, case.config.hidden_size
     for line in Program.parse(compiled(case)[1]).kernels():
         assert stack not in {made.shape for made in line.result}, line

@@ -35,8 +35,8 @@ def grouped_gate_up(
 ) -> Float[Array, "M F"]:
     """The first half of `grouped_mlp`, for the rows of the n experts from `first` on."""
     experts, width, _, hidden = params.gate_up.shape
-    plain = params.gate_up_bias is None and not isinstance(params.gate_up, PackedMatrix)
-    if plain and activation == "silu" and group_sizes.size == experts:
+    plain = params.gate_up_bias is None and activation == "silu" and group_sizes.size == experts
+    if plain and not isinstance(params.gate_up, PackedMatrix):
         return silu_gated_matmul(rows, params.gate_up, group_sizes)
     both = grouped_matmul(rows, params.gate_up.reshape(experts, width, 2 * hidden), group_sizes, first)
     if params.gate_up_bias is not None:

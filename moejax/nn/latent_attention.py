@@ -186,8 +186,8 @@ class LatentAttention(nnx.Module):
             k, v = self._written_out(params, key_block(latent, 1, j, size))
             more, more_logs = attention_with_logs(q, k, v, queries, block_of_keys(keys, j, size), self.config.scale)
             total = jnp.logaddexp(logs, more_logs)
-            parts = (out, logs), (more.astype(jnp.float32), more_logs)
-            return sum(part * jnp.exp(log - total)[..., None] for part, log in parts), total
+            kept, added = (jnp.exp(log - total)[..., None] for log in (logs, more_logs))
+            return out * kept + more.astype(jnp.float32) * added, total
 
         shape = (*q.shape[:3], self.config.value_dim)
         nothing = varying_as(jnp.zeros(shape, jnp.float32), q, latent, held_places)
