@@ -109,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 2.827,
         "num_nextn_predict_layers": 0,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "rope_theta": 50000.0,
         "rope_scaling": {
             "type": "yarn",
