@@ -21,6 +21,7 @@ namespace moejax::avx2 {
 #define MOEJAX_SPLATS 8
 #include "vectors.h"
 #include "softmax.h"
+#include "common_isa.h"
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
@@ -69,21 +70,9 @@ inline void TransposeBlocks(const char* src, int64_t src_stride, int64_t rows, i
 }
 
 constexpr Isa MakeIsa() {
-  Isa isa{};
-  isa.name = "avx2";
-  isa.tile_rows = kRows;
-  isa.tile_f32 = Tiles<Floats>;
-  isa.stream_f32 = StreamRows<Floats, FloatRows>;
+  Isa isa = CommonIsa("avx2");
   isa.stream_bf16 = StreamRows<Floats, WidenedRows>;
-  isa.dots_f32 = DotRows<Floats>;
   isa.transpose = TransposeBlocks;
-  isa.widen = Widen;
-  isa.narrow = Narrow;
-  isa.mask = Mask;
-  isa.powers = Powers;
-  isa.fade_add = FadeAdd;
-  isa.silu_multiply = SiluMultiply;
-  isa.unpack_mxfp4 = UnpackMxfp4;
   return isa;
 }
 constexpr Isa kIsa = MakeIsa();

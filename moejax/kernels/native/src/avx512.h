@@ -22,6 +22,7 @@ namespace moejax::avx512 {
 #define MOEJAX_SPLATS 16
 #include "vectors.h"
 #include "softmax.h"
+#include "common_isa.h"
 
 // Sixteen floats made of sixteen bfloat16.
 struct WidenedRows {
@@ -97,20 +98,9 @@ inline void UnpackBlocks(const uint8_t* blocks, const uint8_t* scales, int64_t c
 }
 
 constexpr Isa MakeIsa() {
-  Isa isa{};
-  isa.name = "avx512";
-  isa.tile_rows = kRows;
-  isa.tile_f32 = Tiles<Floats>;
-  isa.stream_f32 = StreamRows<Floats, FloatRows>;
+  Isa isa = CommonIsa("avx512");
   isa.stream_bf16 = StreamRows<Floats, WidenedRows>;
-  isa.dots_f32 = DotRows<Floats>;
   isa.transpose = TransposeBlocks;
-  isa.widen = Widen;
-  isa.narrow = Narrow;
-  isa.mask = Mask;
-  isa.powers = Powers;
-  isa.fade_add = FadeAdd;
-  isa.silu_multiply = SiluMultiply;
   isa.unpack_mxfp4 = UnpackBlocks;
   return isa;
 }

@@ -27,7 +27,7 @@ const Isa& IsaAt(int64_t index) {
 // Below about 50 microseconds of work, waking another thread costs more than it helps.
 bool WorthSharing(double multiplications, double bytes) { return multiplications > 2e6 || bytes > 1e6; }
 
-// What both kinds of product share: runs `block_of(task)` for each task.
+// Runs `block_of(task)` for each task.
 template <class BlockOf>
 void Run(ffi::ThreadPool& pool, const Isa& isa, const std::vector<Task>& tasks, bool worth_sharing, BlockOf block_of) {
   auto work = [&isa, tasks, block_of](int64_t i) {
@@ -50,37 +50,61 @@ struct Matrices {
   }
 };
 
-// y[M, N] from x[M, K] and one matrix a group.
+// y[M, N] from x[M, K] and one matrix a group, cut into tasks; rows past the last group are a group more, whose product
+// over nothing gives zeros.
+class Grouped {
+ public:
+  Grouped(ffi::AnyBuffer x, Matrices matrices, ffi::Buffer<ffi::S32> sizes, ffi::AnyBuffer y)
+      : matrices_(matrices), depth_(x.dimensions()[1]), columns_(y.dimensions()[1]), groups_(sizes.dimensions()[0]),
+        out_type_(TypeOf(y.element_type())), out_(static_cast<char*>(y.untyped_data())) {
+    int64_t rows = x.dimensions()[0];
+    std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups_, rows);
+    Tasks tasks(columns_);
+    for (int64_t g = 0; g < groups_; ++g) {
+      tasks.Add(g, starts[g], starts[g + 1] - starts[g]);
+      matrices_read_ += starts[g + 1] > starts[g];
+    }
+    rows_ = starts[groups_];
+    tasks.Add(groups_, rows_, rows - rows_);
+    tasks_ = tasks.Cut();
+    left_ = {static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
+    left_.stride = depth_ * SizeOf(left_.type);
+  }
+
+  const std::vector<Task>& Cut() const { return tasks_; }
+  int64_t columns() const { return columns_; }
+
+  // With `matrices` of this many columns for each of y.
+  bool Worth(int64_t wider) const {
+    double size = static_cast<double>(depth_) * columns_ * wider;
+    return WorthSharing(size * rows_, size * matrices_read_ * 2);
+  }
+
+  // A task's product with the matrix' columns from `column` on.
+  Block At(const Task& task, int64_t column) const {
+    bool past = task.group == groups_;
+    Block block{left_, past ? matrices_.first : matrices_.At(task.group, column), task.rows, task.columns,
+                past ? 0 : depth_};
+    block.left.data += task.row * left_.stride;
+    block.out_type = out_type_;
+    block.out_stride = columns_ * SizeOf(out_type_);
+    block.out = out_ + task.row * block.out_stride + task.column * SizeOf(out_type_);
+    return block;
+  }
+
+ private:
+  Matrices matrices_;
+  int64_t depth_, columns_, groups_, rows_ = 0, matrices_read_ = 0;
+  Type out_type_;
+  char* out_;
+  Left left_;
+  std::vector<Task> tasks_;
+};
+
 void GroupedProducts(ffi::ThreadPool& pool, ffi::AnyBuffer x, Matrices matrices, ffi::Buffer<ffi::S32> sizes,
                      ffi::AnyBuffer y, const Isa& isa) {
-  int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], columns = y.dimensions()[1];
-  int64_t groups = sizes.dimensions()[0];
-  std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, rows);
-  Tasks tasks(columns);
-  double matrices_read = 0;
-  for (int64_t g = 0; g < groups; ++g)
-    if (starts[g + 1] > starts[g]) {
-      tasks.Add(g, starts[g], starts[g + 1] - starts[g]);
-      ++matrices_read;
-    }
-  tasks.Add(groups, starts[groups], rows - starts[groups]);  // past the last group: a product over nothing, zeros
-
-  Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
-  left.stride = depth * SizeOf(left.type);
-  char* out = static_cast<char*>(y.untyped_data());
-  Type out_type = TypeOf(y.element_type());
-  auto block_of = [=](const Task& task) {
-    bool past = task.group == groups;
-    Block block{left, past ? matrices.first : matrices.At(task.group, task.column), task.rows, task.columns,
-                past ? 0 : depth};
-    block.left.data += task.row * left.stride;
-    block.out_type = out_type;
-    block.out_stride = columns * SizeOf(out_type);
-    block.out = out + task.row * block.out_stride + task.column * SizeOf(out_type);
-    return block;
-  };
-  double size = static_cast<double>(depth) * columns;
-  Run(pool, isa, tasks.Cut(), WorthSharing(size * starts[groups], size * matrices_read * 2), block_of);
+  Grouped grouped(x, matrices, sizes, y);
+  Run(pool, isa, grouped.Cut(), grouped.Worth(1), [=](const Task& task) { return grouped.At(task, task.column); });
 }
 
 ffi::Error Products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
@@ -106,41 +130,20 @@ ffi::Error PackedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ff
 ffi::Error GatedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
                          ffi::Result<ffi::AnyBuffer> y, int64_t isa) {
   const Isa& chosen = IsaAt(isa);
-  int64_t depth = x.dimensions()[1], columns = y->dimensions()[1], rows = x.dimensions()[0];
-  int64_t groups = sizes.dimensions()[0];
   Type type = TypeOf(w.element_type());
-  Right first{static_cast<const char*>(w.untyped_data()), nullptr, type, 2 * columns * SizeOf(type), 0, false};
-  Matrices matrices{first, depth * first.stride, 0};
-  std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, rows);
-  Tasks parts(columns);
-  for (int64_t g = 0; g < groups; ++g) parts.Add(g, starts[g], starts[g + 1] - starts[g]);
-  parts.Add(groups, starts[groups], rows - starts[groups]);  // past the last group, as in GroupedProducts
-  Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
-  left.stride = depth * SizeOf(left.type);
-  char* out = static_cast<char*>(y->untyped_data());
-  Type out_type = TypeOf(y->element_type());
-  auto work = [=, &chosen, tasks = parts.Cut()](int64_t i) {
+  Right first{static_cast<const char*>(w.untyped_data()), nullptr, type, w.dimensions()[2] * SizeOf(type), 0, false};
+  Grouped grouped(x, {first, w.dimensions()[1] * first.stride, 0}, sizes, *y);
+  auto work = [grouped, &chosen](int64_t i) {
     thread_local Scratches scratches[2];
-    const Task& task = tasks[i];
-    bool past = task.group == groups;
-    auto half = [&](int64_t column) {
-      Block block{left, past ? first : matrices.At(task.group, column), task.rows, task.columns, past ? 0 : depth};
-      block.left.data += task.row * left.stride;
-      block.out_type = out_type;
-      block.out_stride = columns * SizeOf(out_type);
-      block.out = out + task.row * block.out_stride + task.column * SizeOf(out_type);
-      return block;
-    };
-    Block gate = half(task.column), up = half(columns + task.column);
+    const Task& task = grouped.Cut()[i];
+    Block gate = grouped.At(task, task.column), up = grouped.At(task, grouped.columns() + task.column);
     BlockProduct gates(chosen, gate, scratches[0]), ups(chosen, up, scratches[1]);
     gates.Compute();
     ups.Compute();
     for (int64_t r = 0; r < task.rows; ++r) chosen.silu_multiply(gates.Sums(r), ups.Sums(r), task.columns);
     gates.WriteOut();
   };
-  int64_t tasks = parts.Cut().size();
-  double size = 2.0 * depth * columns;
-  ShareTasks(pool, tasks, WorthSharing(size * starts[groups], 2 * size * std::min(groups, starts[groups])), work);
+  ShareTasks(pool, static_cast<int64_t>(grouped.Cut().size()), grouped.Worth(2), work);
   return ffi::Error::Success();
 }
 
@@ -201,13 +204,13 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                       static_cast<char*>(out->untyped_data()),
                       logs->typed_data()};
   const Isa& chosen = IsaAt(isa);
-  auto work = [attention, tasks = AttentionTasks(attention), &chosen](int64_t i) {
+  std::vector<AttentionTask> tasks = AttentionTasks(attention);
+  auto work = [attention, tasks, &chosen](int64_t i) {
     thread_local AttentionScratches scratches;
     AttentionBlock(chosen, attention, tasks[i], scratches).Run();
   };
-  int64_t tasks = AttentionTasks(attention).size();
   double pairs = 1.0 * attention.batch * attention.heads * attention.queries * attention.keys;
-  ShareTasks(pool, tasks, WorthSharing(pairs * (attention.width + attention.value_width), 0), work);
+  ShareTasks(pool, static_cast<int64_t>(tasks.size()), WorthSharing(pairs * (attention.width + attention.value_width), 0), work);
   return ffi::Error::Success();
 }
 

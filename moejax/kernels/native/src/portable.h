@@ -12,28 +12,12 @@ namespace moejax::portable {
 #define MOEJAX_SPLATS 8
 #include "vectors.h"
 #include "softmax.h"
+#include "common_isa.h"
 #undef MOEJAX_LANES
 #undef MOEJAX_VECTORS
 #undef MOEJAX_ROWS
 #undef MOEJAX_SPLATS
 
-constexpr Isa MakeIsa() {
-  Isa isa{};
-  isa.name = "portable";
-  isa.tile_rows = kRows;
-  isa.tile_f32 = Tiles<Floats>;
-  isa.stream_f32 = StreamRows<Floats, FloatRows>;
-  isa.dots_f32 = DotRows<Floats>;
-  isa.transpose = Transpose;
-  isa.widen = Widen;
-  isa.narrow = Narrow;
-  isa.mask = Mask;
-  isa.powers = Powers;
-  isa.fade_add = FadeAdd;
-  isa.silu_multiply = SiluMultiply;
-  isa.unpack_mxfp4 = UnpackMxfp4;
-  return isa;
-}
-constexpr Isa kIsa = MakeIsa();
+constexpr Isa kIsa = CommonIsa("portable");
 
 }  // namespace moejax::portable
