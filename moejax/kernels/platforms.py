@@ -49,10 +49,12 @@ def products(
     def anywhere(x: jax.Array, w: jax.Array | PackedMatrix, group_sizes: jax.Array) -> jax.Array:
         return tile_loop.products(x, w, group_sizes, transposed)
 
-    kernels = {"cpu": on_cpu, "cuda": on_cuda, "tpu": on_tpu}
-    if isinstance(w, PackedMatrix):
-        kernels.pop("tpu")
-        kernels.pop("cpu" if transposed else "", None)
+    if not isinstance(w, PackedMatrix):
+        kernels = {"cpu": on_cpu, "cuda": on_cuda, "tpu": on_tpu}
+    elif not transposed:
+        kernels = {"cpu": on_cpu, "cuda": on_cuda}
+    else:
+        kernels = {"cuda": on_cuda}
     return choose(x, w, group_sizes, kernels=kernels, default=anywhere)
 
 

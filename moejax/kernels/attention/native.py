@@ -4,14 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moejax.kernels import native
 from moejax.kernels.attention.sight import Keys, Queries
 from moejax.kernels.native.ffi import BEST, call
-
-
-def suits(q: Float[Array, "B S N H"]) -> bool:
-    """Whether the handler takes these, float32 or bfloat16, and works here."""
-    return q.dtype in (jnp.float32, jnp.bfloat16) and native.available()
 
 
 def forward(

@@ -1,8 +1,7 @@
 """Attention where it runs: the implementation of each platform, chosen when a program is lowered, and the gradient."""
 
 import functools
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float
 
 from moejax.kernels.attention import blockwise, native
 from moejax.kernels.attention.sight import Keys, Queries
-from moejax.kernels.device import platform_of
+from moejax.kernels.device import choose
 from moejax.sharding import varying_as
 
 Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
@@ -82,28 +81,27 @@ def _forward(
     keys: Keys,
 ) -> tuple[jax.Array, Saved]:
     operands = (q, k, v, sinks, queries, keys)
-    blocks = {
-        "cpu": functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
-        "default": functools.partial(blockwise.forward, scale=scale, dtype=v.dtype),
+    kernels = {
+        "cpu": functools.partial(native.forward, scale=scale),
+        "cuda": functools.partial(_on_cuda, scale=scale),
     }
-    out, logs = lax.platform_dependent(*operands, **(blocks | _kernel(scale, q)))
+    out, logs = choose(*operands, kernels=kernels, default=functools.partial(_in_blocks, scale=scale))
     return out, (*operands, out, logs)
 
 
-def _kernel(scale: float, q: jax.Array) -> dict[str, Callable[..., tuple[jax.Array, jax.Array]]]:
-    """The kernel of the devices that this is traced for, by their platform; none where the blocks do as well.
+def _on_cuda(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+    from moejax.kernels.attention import triton
 
-    Only that one is traced, since Pallas takes a second to import. A program lowered for other devices after all runs
-    the blocks.
-    """
-    platform = platform_of(q)
-    if platform == "cuda":
-        from moejax.kernels.attention import triton
+    return triton.forward(*operands, scale=scale)
 
-        return {platform: functools.partial(triton.forward, scale=scale)}
-    if platform == "cpu" and native.suits(q):
-        return {platform: functools.partial(native.forward, scale=scale)}
-    return {}
+
+def _in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+    values = operands[2]
+    return lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(blockwise.forward, scale=scale, dtype=jnp.float32),
+        default=functools.partial(blockwise.forward, scale=scale, dtype=values.dtype),
+    )
 
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
