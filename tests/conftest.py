@@ -1,6 +1,7 @@
 """Eight virtual CPU devices and strict dtype promotion for all tests, and fixtures that start other processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Commands that run in this process would keep their programs in the user's cache, and find there those of before.
 jax.config.update("jax_enable_compilation_cache", False)
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and every child of the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 Result = subprocess.CompletedProcess[str]
