@@ -12,7 +12,8 @@ from tiny_configs import CONFIGS
 import moejax
 from moejax.language_model import role_of
 from moejax.model import lay
-from moejax.training.step import Batch, TrainState, next_token_loss, train_step
+from moejax.training.batch import NO_TARGET, Batch
+from moejax.training.step import TrainState, next_token_loss, train_step
 
 RAW = CONFIGS["mixtral_plain"]
 B, S = 8, 12
@@ -29,7 +30,10 @@ def batch_of(model, lie) -> Batch:
     segments = np.repeat(np.repeat([[1, 2, 0]], B, 0), [5, 4, 3], 1)
     positions = np.tile([*range(5), *range(4), 0, 0, 0], (B, 1))
     tokens = rng.integers(0, RAW["vocab_size"], (B, S))
-    return Batch(*(model.put_rows(a.astype(np.int32), lie) for a in (tokens, segments, positions)))
+    following = np.roll(segments, -1, 1)
+    following[:, -1] = 0
+    targets = np.where((segments > 0) & (segments == following), np.roll(tokens, -1, 1), NO_TARGET)
+    return Batch(*(model.put_rows(a.astype(np.int32), lie) for a in (tokens, targets, segments, positions)))
 
 
 def value_and_gradients(folder, mesh):

@@ -54,12 +54,15 @@ def own_contender(model: LanguageModel, rows: Sequence[Sequence[int]], dtype: st
     """Steps of AdamW on one batch over and over, in `dtype` over f32 master weights, which are the model's own."""
     import optax  # of the train extra
 
-    from moejax.training.step import Batch, TrainState, train_step
+    from moejax.training.batch import NO_TARGET, Batch
+    from moejax.training.step import TrainState, train_step
 
     lie = lay(len(rows), model.mesh, model.options)
-    shape = len(rows), len(rows[0])
+    tokens = np.asarray(rows, np.int32)
+    shape, last = tokens.shape, np.full((len(rows), 1), NO_TARGET, np.int32)
     arrays = (
-        np.asarray(rows, np.int32),
+        tokens,
+        np.concatenate([tokens[:, 1:], last], 1),
         np.ones(shape, np.int32),
         np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
     )

@@ -30,7 +30,7 @@ from moejax.errors import MoejaxError
 from moejax.families import read_config
 from moejax.loading import dtype_of
 from moejax.mesh import describe, make_mesh, parse_mesh
-from moejax.report import report_lines
+from moejax.start_report import report_lines
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 """transformers' implementations of experts that run on a CPU."""

@@ -6,7 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moejax.report import human_bytes
+from moejax.start_report import human_bytes
 
 Result = Mapping[str, Any]
 

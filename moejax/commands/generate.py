@@ -19,7 +19,7 @@ from moejax.inference.engine import chunk_size
 from moejax.inference.generate import BATCH, Generation, Prompt, Timing, encode_prompts, generate, settle
 from moejax.language_model import LanguageModel
 from moejax.model import lay
-from moejax.report import explain_lines, report_lines
+from moejax.start_report import explain_lines, report_lines
 
 DEFAULT_PROMPT = "Once upon a time"
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")

@@ -15,7 +15,7 @@ from moejax.checkpoint.source import read_json, resolve
 from moejax.commands.common import base_parser, run
 from moejax.commands.session import log
 from moejax.families import text_config
-from moejax.report import human_bytes
+from moejax.start_report import human_bytes
 from moejax.twins.shrink import shrink
 from moejax.twins.writing import NAMED, Written, write_checkpoint
 

@@ -16,7 +16,7 @@ from moejax.commands.session import agree_on, console, log, say_left_out
 from moejax.errors import MoejaxError
 from moejax.loading import load
 from moejax.mesh import MeshShape, make_mesh, parse_mesh
-from moejax.report import report_lines
+from moejax.start_report import report_lines
 from moejax.verification.compare import Row
 from moejax.verification.run import Verifier
 

@@ -9,25 +9,11 @@ import optax
 from flax import nnx, struct
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moejax.model import Decoder, Lie
+from moejax.training.batch import NO_TARGET, Batch
 from moejax.training.cross_entropy import cross_entropy
-
-
-@struct.dataclass
-class Batch:
-    """Packed sequences.
-
-    Attributes:
-      tokens: ids.
-      segments: 0 is padding; attention, and what is to be predicted, stay within a segment.
-      positions: of each token in its segment, for the rotary embedding.
-    """
-
-    tokens: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
 
 
 @struct.dataclass
@@ -56,14 +42,12 @@ def _master(p: jax.Array) -> jax.Array:
 
 
 def next_token_loss(decoder: Decoder, batch: Batch, lie: Lie) -> Float[Array, ""]:
-    """The mean of -log p(next token) over all places that have a next token in their segment."""
+    """The mean of -log p(target) over all places that have one."""
     x = decoder.hidden_states(batch.tokens, batch.segments, batch.positions, lie)[0][-1]
-    targets = jnp.roll(batch.tokens, -1, 1)
-    following = jnp.roll(batch.segments, -1, 1).at[:, -1].set(0)
-    counts = ((batch.segments > 0) & (batch.segments == following)).astype(jnp.float32)
+    counts = (batch.targets != NO_TARGET).astype(jnp.float32)
     weights = counts / jnp.maximum(counts.sum(), 1)
     head, bias = decoder.head()
-    return cross_entropy(x, head, bias, targets, weights, decoder.config, lie.stream)
+    return cross_entropy(x, head, bias, batch.targets, weights, decoder.config, lie.stream)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)

@@ -10,7 +10,7 @@ from tiny import CONFIGS, write_checkpoint
 
 from moejax.language_model import LanguageModel
 from moejax.loading import load
-from moejax.report import bytes_by_class, explain_lines, human_bytes, report_lines
+from moejax.start_report import bytes_by_class, explain_lines, human_bytes, report_lines
 
 
 @pytest.fixture(scope="module")
