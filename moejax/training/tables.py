@@ -15,8 +15,9 @@ _KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 def read(kind: type[T], table: Mapping[str, Any], prefix: str = "") -> T:
-    """The dataclass `kind` from a table. Its fields are of str, int, float, bool, dataclasses, and tuples of them, or of
-    such a type or None, which stands for a field that is left out.
+    """The dataclass `kind` from a table. Its fields are of str, int, float, bool, dataclasses, and tuples of them.
+
+    A field of such a type or None is None where it is left out.
 
     Raises:
       MoejaxError: a name that is no field, a value of the wrong kind, or what the dataclasses themselves refuse.
@@ -44,7 +45,7 @@ def field_types(kind: type) -> dict[str, Any]:
 
 
 def full_names(kind: type, prefix: str = "") -> Iterator[str]:
-    """Every field that holds a value, such as "optimizer.lr" or, of the first entry of a list, "data.mixture.0.path"."""
+    """Every field that holds a value, such as "optimizer.lr"; of lists, those of the first entry too."""
     for name, field_type in field_types(kind).items():
         if dataclasses.is_dataclass(field_type):
             yield from full_names(field_type, f"{prefix}{name}.")  # type: ignore[arg-type]
