@@ -9,12 +9,13 @@ share of each expert in a layer's pairs, and is in metrics.jsonl alone. `mfu` is
 `eval/` where the step was followed by an evaluation. A value that is not finite is null in JSON.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from moejax.config import ModelConfig
+from moejax.evaluation.results import Result
 
 Record: TypeAlias = dict[str, Any]
 
@@ -47,3 +48,14 @@ def router_record(config: ModelConfig, tokens_per_expert: np.ndarray, entropy: n
 def worst_load(record: Mapping[str, Any]) -> float:
     """The largest `router/load_max_over_mean` of all layers; 0 without sparse layers."""
     return max((v for name, v in record.items() if name.startswith("router/load_max_over_mean/")), default=0.0)
+
+
+def eval_record(config: ModelConfig, results: Sequence[Result]) -> Record:
+    """An evaluation's part of a record."""
+    record: Record = {}
+    for result in results:
+        record[f"eval/loss/{result.name}"] = result.loss
+        record[f"eval/bits_per_byte/{result.name}"] = result.bits_per_byte
+        for index, shares in zip(config.sparse, result.as_json(config)["load"], strict=True):
+            record[f"eval/router/load/{result.name}/{layer_name(index)}"] = [round(share, 6) for share in shares]
+    return record

@@ -1,4 +1,6 @@
-"""The optimizer of a recipe: AdamW on f32 master weights, gradients clipped, the learning rate warmed up and cooled.
+"""The optimizer of a recipe: AdamW on f32 master weights, the learning rate warmed up and cooled down.
+
+Gradients are clipped by the step, which knows what a mesh holds several times.
 
 AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
 """
@@ -21,7 +23,7 @@ def make_optimizer(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransfo
       recipe: its rates.
       steps: those of the whole schedule.
     """
-    adamw = optax.adamw(
+    return optax.adamw(
         learning_rate(recipe, steps),
         b1=recipe.beta1,
         b2=recipe.beta2,
@@ -29,7 +31,6 @@ def make_optimizer(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransfo
         weight_decay=recipe.weight_decay,
         mask=decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw) if recipe.clip else adamw
 
 
 def learning_rate(recipe: OptimizerRecipe, steps: int) -> optax.Schedule:

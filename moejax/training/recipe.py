@@ -112,10 +112,11 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecipe:
-    """Saves happen every so many steps, and at the last one in any case; the newest and the best are kept.
+    """A save follows every so many steps, and the last one in any case.
 
     Attributes:
-      keep_best: by the mean loss over the files of the last evaluation.
+      keep_last: how many of the newest are kept.
+      keep_best: how many more, of those that an evaluation came with, by the mean of its losses.
     """
 
     every: int = 500
@@ -130,7 +131,7 @@ class CheckpointRecipe:
 
 @dataclass(frozen=True, slots=True)
 class EvalRecipe:
-    """Loss by file; `every` 0 evaluates never. Paths start at `data.root`."""
+    """An evaluation follows every so many steps and the last one; `every` 0: none does. Paths start at `data.root`."""
 
     every: int = 0
     data: tuple[str, ...] = ()
