@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, head. Pure computation on a mesh; files, text and loops are elsewhere."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -20,7 +21,7 @@ from moejax.nn.embedding import embed, head_logits
 from moejax.nn.norm import Norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.sharding import place, round_up, sharded_param
+from moejax.sharding import COLLECTIVE, place, round_up, sharded_param
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +137,24 @@ class Decoder(nnx.Module):
         )
 
     def hidden_states(
-        self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], positions: Int[Array, "B S"], lie: Lie
+        self,
+        tokens: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        lie: Lie,
+        remat: bool = False,
     ) -> tuple[tuple[Float[Array, "B S D"], ...], list[MoEDetails | None]]:
-        """The embeddings and each layer's output, the last one after the final norm; each layer's details."""
+        """The embeddings and each layer's output, the last one after the final norm; each layer's details.
+
+        With `remat`, a backward pass computes what is inside layers again, but for what came over the mesh.
+        """
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         places = Places.of(self.config, positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []
         for layer in self.layers:
             states.append(x)
-            x, detail = layer(x, places, segments, lie.stream, lie.parallel)
+            run = _forgetful(layer) if remat else layer
+            x, detail = run(x, places, segments, lie.stream, lie.parallel)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
         return (*states, self.norm(x)), details
@@ -201,6 +211,22 @@ class Decoder(nnx.Module):
             head, bias = self.head()
             logits = head_logits(x, head, config.vocab_size, lie.stream)
             return finished_logits(logits, None if bias is None else bias[: config.vocab_size], config)
+
+
+def _forgetful(layer: Block) -> Callable[..., tuple[jax.Array, MoEDetails | None]]:
+    """The layer, of which a backward pass finds only its inputs and the results of collectives."""
+    graph, params = nnx.split(layer)
+
+    def run(
+        x: jax.Array, places: Places, segments: jax.Array, stream: Stream, parallel: Parallel
+    ) -> tuple[jax.Array, MoEDetails | None]:
+        policy = jax.checkpoint_policies.save_only_these_names(COLLECTIVE)
+        again = jax.checkpoint(
+            lambda params, x: nnx.merge(graph, params)(x, places, segments, stream, parallel), policy=policy
+        )
+        return again(params, x)
+
+    return run
 
 
 def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | None, config: ModelConfig) -> jax.Array:
