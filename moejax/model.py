@@ -21,7 +21,7 @@ from moejax.nn.embedding import embed, head_logits
 from moejax.nn.norm import Norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.sharding import COLLECTIVE, place, round_up, sharded_param
+from moejax.sharding import COLLECTIVE, AnyMesh, place, round_up, sharded_param
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
     `lm_head_bias [V]` where the config has one.
     """
 
-    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: ModelConfig, *, mesh: AnyMesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         """Random weights in `dtype`."""
         self.config = config
         rows = round_up(config.vocab_size, mesh.shape["tp"])

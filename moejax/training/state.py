@@ -49,10 +49,9 @@ class TrainState:
     @classmethod
     def abstract(cls, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> "TrainState":
         """Shapes, dtypes and shardings of a model's state, without any array: what a checkpoint is restored into."""
-        leaves = abstract_decoder(config, mesh, jnp.float32)[1]
         params = {
             role_of(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread(leaf, mesh))
-            for path, leaf in leaves.items()
+            for path, leaf in abstract_decoder(config, mesh, jnp.float32)[1].items()
         }
         everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -62,8 +61,9 @@ class TrainState:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         kept = jax.tree_util.tree_map_with_path(lying, jax.eval_shape(optimizer.init, params))
-        step, key = (jax.ShapeDtypeStruct(s, d, sharding=everywhere) for s, d in (((), jnp.int32), ((2,), jnp.uint32)))
-        return cls(params, kept, step, key)
+        counters = (((), jnp.int32), ((2,), jnp.uint32))
+        leaves: Any = (params, kept, *(jax.ShapeDtypeStruct(s, d, sharding=everywhere) for s, d in counters))
+        return cls(*leaves)
 
 
 def random_parameters(config: ModelConfig, mesh: Mesh, seed: int = 0) -> dict[str, Float[Array, "..."]]:

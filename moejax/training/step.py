@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -127,7 +127,7 @@ class TrainStep:
             router_entropy=seen.entropy / jnp.maximum(seen.tokens, 1).astype(jnp.float32),
             dropped=seen.dropped,
         )
-        return new.replace(step=state.step + 1), metrics
+        return replace(new, step=state.step + 1), metrics
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[Params, _Seen]:
         """Summed over the parts, f32, lying as the masters do."""
@@ -170,7 +170,8 @@ class TrainStep:
         # optax mixes weak and strong types, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-            return state.replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer)
+            params: Any = optax.apply_updates(state.params, updates)
+        return replace(state, params=params, optimizer=optimizer)
 
     @functools.cached_property
     def _abstract(self) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
