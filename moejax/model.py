@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.moe.auto import Choice, check_strategy, choose
+from moejax.moe.jitter import Jitter
 from moejax.moe.layer import MoEDetails, Parallel
+from moejax.moe.router import Router
 from moejax.nn.block import Block
 from moejax.nn.cache import Cache
 from moejax.nn.embedding import embed, head_logits
@@ -100,8 +103,16 @@ class Decoder(nnx.Module):
     `lm_head_bias [V]` where the config has one.
     """
 
-    def __init__(self, config: ModelConfig, *, mesh: AnyMesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        """Random weights in `dtype`."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mesh: AnyMesh,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        router: Router | None = None,
+    ):
+        """Random weights in `dtype`; `router` replaces the config's in all layers, see `MoE`."""
         self.config = config
         rows = round_up(config.vocab_size, mesh.shape["tp"])
 
@@ -110,7 +121,9 @@ class Decoder(nnx.Module):
             return sharded_param(value * jnp.asarray(config.hidden_size**-0.5, dtype), mesh, "tp", None)
 
         self.embed = table()
-        self.layers = nnx.List([Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype, router=router) for i in range(config.num_layers)]
+        )
         self.norm = Norm(config.norm, config.hidden_size, mesh=mesh, dtype=dtype)
         self.lm_head = None if config.tie_word_embeddings else table()
         self.lm_head_bias = sharded_param(jnp.zeros(rows, dtype), mesh, "tp") if config.head_bias else None
@@ -142,19 +155,22 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         lie: Lie,
+        jitter: Jitter | None = None,
         remat: bool = False,
     ) -> tuple[tuple[Float[Array, "B S D"], ...], list[MoEDetails | None]]:
         """The embeddings and each layer's output, the last one after the final norm; each layer's details.
 
-        With `remat`, a backward pass computes what is inside layers again, but for what came over the mesh.
+        `jitter`, for training, puts noise on what the routers read, in each layer its own. With `remat`, a backward
+        pass computes what is inside layers again, but for what came over the mesh.
         """
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         places = Places.of(self.config, positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             states.append(x)
+            noise = None if jitter is None else jitter.of_layer(index)
             run = _forgetful(layer) if remat else layer
-            x, detail = run(x, places, segments, lie.stream, lie.parallel)
+            x, detail = run(x, places, segments, lie.stream, lie.parallel, noise)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
         return (*states, self.norm(x)), details
@@ -217,14 +233,9 @@ def _forgetful(layer: Block) -> Callable[..., tuple[jax.Array, MoEDetails | None
     """The layer, of which a backward pass finds only its inputs and the results of collectives."""
     graph, params = nnx.split(layer)
 
-    def run(
-        x: jax.Array, places: Places, segments: jax.Array, stream: Stream, parallel: Parallel
-    ) -> tuple[jax.Array, MoEDetails | None]:
+    def run(x: jax.Array, *others: Any) -> tuple[jax.Array, MoEDetails | None]:
         policy = jax.checkpoint_policies.save_only_these_names(COLLECTIVE)
-        again = jax.checkpoint(
-            lambda params, x: nnx.merge(graph, params)(x, places, segments, stream, parallel), policy=policy
-        )
-        return again(params, x)
+        return jax.checkpoint(lambda params, x: nnx.merge(graph, params)(x, *others), policy=policy)(params, x)
 
     return run
 
