@@ -1,7 +1,9 @@
 """The decoder: embedding, layers, head. Pure computation on a mesh; files, text and loops are elsewhere."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from moejax.nn.embedding import embed, head_logits
 from moejax.nn.norm import Norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.sharding import place, round_up, sharded_param
+from moejax.sharding import COLLECTIVE, AnyMesh, place, round_up, sharded_param
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        mesh: Mesh,
+        mesh: AnyMesh,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         router: Router | None = None,
@@ -154,10 +156,12 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         lie: Lie,
         jitter: Jitter | None = None,
+        remat: bool = False,
     ) -> tuple[tuple[Float[Array, "B S D"], ...], list[MoEDetails | None]]:
         """The embeddings and each layer's output, the last one after the final norm; each layer's details.
 
-        `jitter`, for training, puts noise on what the routers read, in each layer its own.
+        `jitter`, for training, puts noise on what the routers read, in each layer its own. With `remat`, a backward
+        pass computes what is inside layers again, but for what came over the mesh.
         """
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         places = Places.of(self.config, positions, lengths)
@@ -165,7 +169,8 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             states.append(x)
             noise = None if jitter is None else jitter.of_layer(index)
-            x, detail = layer(x, places, segments, lie.stream, lie.parallel, noise)
+            run = _forgetful(layer) if remat else layer
+            x, detail = run(x, places, segments, lie.stream, lie.parallel, noise)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
         return (*states, self.norm(x)), details
@@ -222,6 +227,17 @@ class Decoder(nnx.Module):
             head, bias = self.head()
             logits = head_logits(x, head, config.vocab_size, lie.stream)
             return finished_logits(logits, None if bias is None else bias[: config.vocab_size], config)
+
+
+def _forgetful(layer: Block) -> Callable[..., tuple[jax.Array, MoEDetails | None]]:
+    """The layer, of which a backward pass finds only its inputs and the results of collectives."""
+    graph, params = nnx.split(layer)
+
+    def run(x: jax.Array, *others: Any) -> tuple[jax.Array, MoEDetails | None]:
+        policy = jax.checkpoint_policies.save_only_these_names(COLLECTIVE)
+        return jax.checkpoint(lambda params, x: nnx.merge(graph, params)(x, *others), policy=policy)(params, x)
+
+    return run
 
 
 def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | None, config: ModelConfig) -> jax.Array:

@@ -47,4 +47,4 @@ def named_function(name: str, setting: str) -> Callable[..., Any]:
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     near = difflib.get_close_matches(function_name, functions, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise MoejaxError(f"{setting}={name!r}: {module.__file__ or module_name} has no {function_name}{hint}")
+    raise MoejaxError(f"{setting}={name!r}: {module_name} has no {function_name}{hint}")

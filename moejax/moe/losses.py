@@ -95,6 +95,7 @@ def router_losses(settings: LossSettings) -> Callable[[Sequence[RouterView]], di
     name = settings.balance
     balance = named_function(name, "balance") if ":" in name else BALANCE.get(name)
 
+    @jax.named_scope("router_losses")
     def losses(views: Sequence[RouterView]) -> dict[str, jax.Array]:
         if not views:
             return {"balance": jnp.float32(0), "z": jnp.float32(0)}
