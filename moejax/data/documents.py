@@ -25,7 +25,7 @@ class Document:
     """A text, or a conversation; the other one is None.
 
     Attributes:
-      text: as it stands in the file, with the line break of its last line.
+      text: as it stands in the file.
       messages: such as {"role": "user", "content": "Hello"}, at least one of them the assistant's.
       place: file and line where it ends, for error messages.
     """
@@ -38,8 +38,9 @@ class Document:
 def read_documents(path: str | Path, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
     """The documents of a file, in order; those without a character are left out.
 
-    The name says what it holds: one JSON object a line in *.jsonl, text in all others, whose documents end with the line
-    <|endoftext|> (without one the file is one document). A further .xz or .gz is decompressed.
+    The name says what it holds: one JSON object a line in *.jsonl, text in all others. There the line <|endoftext|>,
+    with the line break before it, ends a document; without one the file is one document. A further .xz or .gz is
+    decompressed.
 
     Args:
       path: the file.
@@ -68,8 +69,8 @@ def _texts(lines: Iterator[Line], path: Path) -> Iterator[Document]:
         if line.rstrip("\r\n") != END_OF_DOCUMENT:
             parts.append(line)
             continue
-        if parts:
-            yield Document("".join(parts), None, f"{path} line {number}")
+        if text := "".join(parts).removesuffix("\n").removesuffix("\r"):
+            yield Document(text, None, f"{path} line {number}")
         parts = []
     if parts:
         yield Document("".join(parts), None, f"{path} line {number}")
