@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "train a model on a mesh, from random weights or from a checkpoint's",
     "verify": "prove that meshes and strategies compute what one device computes",
     "bench": "measure generation, one block, collectives and loading, against transformers and the machine",
+    "eval": "loss, bits per byte and experts' load of a model on files",
+    "report": "write one HTML page about training runs, or compare them on it",
     "twin": "write a tiny random checkpoint with every special path of a model's config",
 }
 
