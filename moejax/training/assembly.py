@@ -16,8 +16,9 @@ from moejax.data.pipeline import TrainingData
 from moejax.errors import MoejaxError
 from moejax.evaluation.evaluator import Evaluator
 from moejax.evaluation.texts import read_texts
-from moejax.loading import DTYPES
-from moejax.model import Options, lay
+from moejax.language_model import role_of
+from moejax.loading import DTYPES, abstract_decoder
+from moejax.model import Decoder, Options, lay
 from moejax.run_checkpoints.checkpoints import Checkpoints
 from moejax.training.loop import Loop, Progress, Watcher
 from moejax.training.metrics import Record, eval_record
@@ -27,8 +28,8 @@ from moejax.training.recipe import Recipe
 from moejax.training.run_folder import RunFolder
 from moejax.training.sinks import JsonLines, Sink, TensorBoard
 from moejax.training.start import Start
-from moejax.training.state import TrainState
-from moejax.training.step import StepSettings, TrainStep
+from moejax.training.state import TrainState, decoder_of
+from moejax.training.step import Params, StepSettings, TrainStep
 
 Bar = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
 """Shows how far something is under a title; gives the callback (done, total)."""
@@ -126,7 +127,7 @@ def _data(recipe: Recipe, encoder: DocumentEncoder, cache: Path, bar: Bar) -> Tr
 def _step(recipe: Recipe, start: Start, mesh: Mesh) -> TrainStep:
     lie = lay(recipe.data.batch // recipe.accumulate, mesh, Options())
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    settings = StepSettings(dtype=DTYPES[recipe.dtype], clip=recipe.optimizer.clip or None, losses=recipe.losses)
+    settings = StepSettings(dtype=DTYPES[recipe.dtype], clip=recipe.optimizer.clip or None)
     return TrainStep(start.config, lie, optimizer, settings)
 
 
@@ -145,10 +146,21 @@ def _evaluation(
     if not recipe.eval.every:
         return None
     texts = read_texts([recipe.data.find(path) for path in recipe.eval.data], encoder, step.config)
-    evaluator = Evaluator(step.decoder, step.lie, recipe.data.batch // recipe.accumulate, recipe.data.length)
+    evaluator = Evaluator(_decoder(step), step.lie, recipe.data.batch // recipe.accumulate, recipe.data.length)
 
     def evaluate(state: TrainState) -> tuple[Record, float]:
         results = [evaluator(state.params, text) for text in texts]
         return eval_record(step.config, results), float(np.mean([result.loss for result in results]))
 
     return evaluate
+
+
+def _decoder(step: TrainStep) -> Callable[[Params], Decoder]:
+    """Makes a decoder of a run's parameters, in the dtype of its steps."""
+    graph, leaves = abstract_decoder(step.config, step.lie.stream.mesh, step.settings.dtype)
+    paths = {role_of(path): path for path in leaves}
+
+    def decoder(params: Params) -> Decoder:
+        return decoder_of(graph, paths, {role: p.astype(step.settings.dtype) for role, p in params.items()})
+
+    return decoder
