@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from moejax.checkpoint.huggingface import load_parameters
 from moejax.checkpoint.saving import save_checkpoint
 from moejax.checkpoint.source import read_json, resolve
+from moejax.checkpoint.writing import SHARD_BYTES
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families import family_of
@@ -85,7 +86,7 @@ def load(
     )
 
 
-def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the model as a Hugging Face folder that transformers loads to the same logits.
 
     Args:
