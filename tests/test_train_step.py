@@ -10,13 +10,16 @@ import pytest
 from moe_cases import relative
 from tiny import write_checkpoint
 from tiny_configs import CONFIGS
+from tiny_families import CONFIGS as FAMILIES
 
 import moejax
 from moejax.families import read_config
 from moejax.model import Options, lay
+from moejax.moe.losses import LossSettings
 from moejax.training.batch import NO_TARGET, Batch
+from moejax.training.gradients import StepSettings
 from moejax.training.state import TrainState, random_parameters
-from moejax.training.step import StepSettings, TrainStep
+from moejax.training.step import TrainStep
 
 # Meshes pad its experts, hidden width, heads and vocabulary, and repeat key/value heads. Of one expert alone the
 # renormalised weight is 1 whatever the router says: its gradient would be rounding, which Adam makes large.
@@ -55,9 +58,12 @@ class Run:
         return metrics
 
 
+LOSSES = LossSettings(balance="global", balance_weight=0.02, z_weight=1e-3, jitter=0.05)
+
+
 @pytest.fixture(scope="module")
 def alone(mesh):
-    run = Run(mesh("ep=1,tp=1"), clip=1.0)
+    run = Run(mesh("ep=1,tp=1"), clip=1.0, losses=LOSSES)
     return run, run.take(3)
 
 
@@ -67,7 +73,7 @@ def test_loss_is_that_of_the_logits(mesh, tmp_path):
     batch, optimizer = host_batch(raw), optax.sgd(0.0)
     logits = model(batch.tokens, segment_ids=batch.segments)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
-    step = TrainStep(model.config, lay(B, model.mesh, model.options), optimizer)
+    step = TrainStep(model.config, lay(B, model.mesh, model.options), optimizer, StepSettings())
     state = TrainState.of(model.parameters(), optimizer, model.mesh)
     _, metrics = step(state, jax.tree.map(lambda a: jnp.asarray(a[None]), batch))
     assert metrics.targets == (batch.targets != NO_TARGET).sum() == B * (4 + 3)
@@ -75,16 +81,20 @@ def test_loss_is_that_of_the_logits(mesh, tmp_path):
     assert metrics.tokens_per_expert.sum() == len(model.config.layers) * B * 9 * 2
 
 
-@pytest.mark.parametrize("spec", ["ep=4,tp=2", "ep=2,tp=4", pytest.param("ep=8,tp=1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "spec", ["ep=2,tp=4", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("ep=4,tp=2", "ep=8,tp=1"))]
+)
 def test_every_mesh_learns_as_one_device(spec, alone, mesh):
     """Loss, norm and routing of three steps, and their gradients as Adam's mean has them, in copies and padding too."""
-    there = Run(mesh(spec), clip=1.0)
+    there = Run(mesh(spec), clip=1.0, losses=LOSSES)
     here, want = alone
     for a, b in zip(there.take(3), want, strict=True):
         assert relative(a.loss, b.loss) < 1e-6
         assert relative(a.grad_norm, b.grad_norm) < 1e-5
         np.testing.assert_array_equal(a.tokens_per_expert, b.tokens_per_expert)
         assert relative(a.router_entropy, b.router_entropy) < 1e-4
+        assert relative(a.balance_loss, b.balance_loss) < 1e-5
+        assert relative(a.z_loss, b.z_loss) < 1e-5
         assert a.finite and a.bad_layer == -1
     # Not the weights: Adam divides by a gradient's own size, so that where one is rounding, the weights differ by it.
     forms, moments = there.step._forms, there.state.optimizer[0].mu
@@ -110,9 +120,10 @@ def test_masters_lie_over_both_axes(mesh):
     assert run.step.program._cache_size() == 1
 
 
-def test_parts_of_a_batch_add_up(alone, mesh):
-    run = Run(mesh("ep=2,tp=2"), parts=2, clip=1.0)
-    for a, b in zip(run.take(3), alone[1], strict=True):
+def test_parts_of_a_batch_add_up(mesh):
+    one = mesh("ep=1,tp=1")
+    whole, parts = Run(one), Run(one, parts=2)
+    for a, b in zip(parts.take(3), whole.take(3), strict=True):
         assert relative(a.loss, b.loss) < 1e-6
         assert relative(a.grad_norm, b.grad_norm) < 1e-4
         assert a.targets == b.targets
@@ -147,3 +158,15 @@ def test_remat_computes_the_same_and_repeats_no_collective(spec, mesh):
     for a, b in zip(again.take(2), plain.take(2), strict=True):
         assert relative(a.loss, b.loss) < 1e-6
         assert relative(a.grad_norm, b.grad_norm) < 1e-5
+
+
+def test_corrections_follow_the_load_and_nothing_else(mesh):
+    """Up for experts below the mean load, down above; neither gradients nor the decay of weights touch them."""
+    settings = LossSettings(balance="none", bias_update_rate=0.01)
+    run = Run(mesh("ep=1,tp=1"), FAMILIES["glm4_moe_sparse"], optax.adamw(1e-3), losses=settings)
+    sparse = [f"layers.{i}.moe.correction" for i, layer in enumerate(run.config.layers) if layer.moe]
+    before = jax.device_get(run.state.params)
+    (metrics,) = run.take(1)
+    for role, load in zip(sparse, metrics.tokens_per_expert, strict=True):
+        want = before[role] + 0.01 * np.sign(load.mean() - load)
+        np.testing.assert_allclose(run.state.params[role], want, rtol=1e-6)

@@ -55,8 +55,9 @@ def own_contender(model: LanguageModel, rows: Sequence[Sequence[int]], dtype: st
     import optax  # of the train extra
 
     from moejax.training.batch import NO_TARGET, Batch
+    from moejax.training.gradients import StepSettings
     from moejax.training.state import TrainState
-    from moejax.training.step import StepSettings, TrainStep
+    from moejax.training.step import TrainStep
 
     lie = lay(len(rows), model.mesh, model.options)
     tokens = np.asarray(rows, np.int32)
