@@ -73,7 +73,7 @@ class DataRecipe:
 
     def find(self, path: str) -> str:
         """A path of the recipe as it is opened."""
-        return os.path.join(self.root, path)
+        return os.path.expanduser(os.path.join(self.root, path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,7 @@ class Recipe:
       seed: of random weights, of the order of documents, and of router noise.
       dtype: of the forward and backward pass; master weights and optimizer are f32.
       accumulate: parts that a step's batch is computed in, one after another.
+      remat: compute activations again in the backward pass, which takes less memory and more time.
     """
 
     steps: int
@@ -175,6 +176,7 @@ class Recipe:
     seed: int = 0
     dtype: str = "bfloat16"
     accumulate: int = 1
+    remat: bool = False
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     losses: LossSettings = field(default_factory=LossSettings)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
