@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moejax.data.sources import Source
 from moejax.errors import MoejaxError
 from moejax.moe.losses import LossSettings
 from moejax.training import tables
@@ -35,24 +36,6 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One file of the mixture: tokens are drawn from the files as their weights are to one another.
-
-    Attributes:
-      path: from `data.root`.
-      name: in metrics; empty: the file's name up to its first dot.
-    """
-
-    path: str
-    weight: float = 1.0
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise MoejaxError(f"data.mixture: weight={self.weight} of {self.path} must be above 0")
-
-
-@dataclass(frozen=True, slots=True)
 class DataRecipe:
     """What a step reads.
 
@@ -60,12 +43,13 @@ class DataRecipe:
       batch: sequences of one step, over all devices.
       length: tokens of a sequence.
       root: where the paths of the mixture and of `eval.data` start, relative to the current folder.
+      mixture: files and their shares.
     """
 
     batch: int
     length: int
     root: str = ""
-    mixture: tuple[Part, ...] = ()
+    mixture: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("data.batch", self.batch, 1)
