@@ -77,7 +77,7 @@ class Evaluator:
         """How many there are of a file."""
         return -(-len(PackedRows(text.corpus, self.length)) // self.batch)
 
-    def _batches(self, params: Any, text: Text) -> Iterator[Seen]:
+    def _batches(self, params: Any, text: Text) -> Iterator[Any]:
         """What each batch shows, on the host, wide enough to be summed; one computes while the last one is read."""
         before: Seen | None = None
         for batch in batches(PackedRows(text.corpus, self.length), self.batch):

@@ -36,7 +36,8 @@ def loss_charts(runs: Sequence[Run]) -> list[Chart]:
         "" if widths == [1] else f"smoothed over {' or '.join(map(str, widths))} steps; behind it the least and largest"
     )
     charts = [Chart("training loss (nats a token)", _over_runs(runs, "loss", smooth=True), note)]
-    charts += _by_domain(runs, EVAL_LOSS, "loss by domain (nats a token)")
+    if len(runs) == 1:  # several runs may have several tokenizers, whose losses say little of each other
+        charts += _by_domain(runs, EVAL_LOSS, "loss by domain (nats a token)")
     charts += _by_domain(runs, EVAL_BITS, "bits per byte by domain")
     return [chart for chart in charts if chart.lines]
 

@@ -16,11 +16,11 @@ from moejax.errors import MoejaxError
 from moejax.run_report.curves import Curve, evenly
 
 METRICS = "metrics.jsonl"
-DENSE = ("loss", "grad_norm")
-"""Read of every line, so that no peak is missed."""
+DENSE = ("loss", "grad_norm", "seconds")
+"""Read of every line, so that no peak is missed and sums are whole."""
 PARSED = 1500
 """Lines of which everything is read, besides those of evaluations."""
-_NUMBER = re.compile(rb'"(step|loss|grad_norm)": ?([^,}\s]+)')
+_NUMBER = re.compile(rb'"(step|loss|grad_norm|seconds)": ?([^,}\s]+)')
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> tuple[dict[str, Curve], dict[str, Any], int]:
     """The curves of a metrics.jsonl, what the last step says, and how many lines could not be read.
 
     A line makes those before it void that are of its step or a later one: a run was resumed there. Of a long file
-    every line gives its loss and gradient norm, and some of them the rest.
+    every line gives its loss, gradient norm and seconds, and some of them the rest.
 
     Raises:
       MoejaxError: no line can be read.
