@@ -44,8 +44,9 @@ class Run:
     unreadable: int
 
     def under(self, prefix: str) -> dict[str, Curve]:
-        """The curves whose names begin so, by the rest of their names, in the order of these."""
-        return {name.removeprefix(prefix): self.curves[name] for name in sorted(self.curves) if name.startswith(prefix)}
+        """The curves whose names begin so, by the rest of their names, in the order of these and of their numbers."""
+        names = sorted((name for name in self.curves if name.startswith(prefix)), key=_natural)
+        return {name.removeprefix(prefix): self.curves[name] for name in names}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -142,6 +143,11 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 def _model(folder: Path) -> dict[str, Any]:
     return read_json(folder, "config.json", required=False)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key to sort by that knows that layer_100 comes after layer_99."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
