@@ -234,6 +234,14 @@ def test_a_run_of_one_step_and_nothing_else_has_a_page(tmp_path):
     assert "<figcaption>training loss" in page and "3.5000" in page and "recipe" not in page
 
 
+def test_a_run_that_never_had_a_finite_loss_has_a_page_too(tmp_path):
+    rows = (line(step, None, learning_rate=0.0, grad_norm=1.0, skipped=step) for step in range(1, 200))
+    write_lines(tmp_path / "metrics.jsonl", *rows)
+    page = render(read_runs([tmp_path]))
+    assert "<figcaption>training loss" not in page and "<figcaption>gradient norm" in page
+    assert "<b>199</b><span>steps skipped</span>" in page
+
+
 def test_what_a_run_is_called_cannot_break_the_page(tmp_path):
     folder = write_run(tmp_path / "<b>&quot;", steps=3, every=2)
     assert Page(render(read_runs([folder, write_run(tmp_path / "b", steps=1)]))).open == []

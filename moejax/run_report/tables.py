@@ -131,7 +131,7 @@ def _lowest(values: Sequence[float | None]) -> list[bool]:
 
 def _mean_of_last(run: Run, name: str) -> float | None:
     curve = run.curves.get(name)
-    return None if curve is None else float(curve.values[-window(run) :].mean())
+    return None if curve is None else float(curve.values[-window(curve) :].mean())
 
 
 def _last(run: Run, name: str) -> float | None:
@@ -150,7 +150,7 @@ def _seconds(run: Run) -> float | None:
 
 
 def _fullest(run: Run) -> float | None:
-    ends = [curve.values[-max(1, len(curve) // 50) :].mean() for curve in run.under(IMBALANCE).values()]
+    ends = [curve.values[-window(curve) :].mean() for curve in run.under(IMBALANCE).values()]
     return float(max(ends)) if ends else None
 
 
