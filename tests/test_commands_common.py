@@ -126,9 +126,9 @@ def test_signals(number: signal.Signals, code: int, report: bytes):
     ("argv", "message"),
     [
         (["genrate"], "unknown command 'genrate'; did you mean generate? (see moejax --help)"),
-        (["xyz"], "unknown command 'xyz'; there are generate, verify, bench, twin (see moejax --help)"),
-        (["--mesh", "ep=2"], "unknown option '--mesh'; there are generate, verify, bench, twin (see moejax --help)"),
-        ([], "which command? one of generate, verify, bench, twin (see moejax --help)"),
+        (["xyz"], "unknown command 'xyz'; there are generate, verify, bench, tokenizer, twin (see moejax --help)"),
+        (["--mesh", "ep=2"], "unknown option '--mesh'; there are generate, verify, bench, tokenizer, twin (see moejax --help)"),
+        ([], "which command? one of generate, verify, bench, tokenizer, twin (see moejax --help)"),
     ],
 )
 def test_the_entry_point_refuses_what_it_does_not_know(
