@@ -16,7 +16,8 @@ class Source:
 
     Attributes:
       path: of the file.
-      weight: the share of rows that come from it is this over the sum of all weights.
+      weight: the share of rows that come from it is this over the sum of all weights, which grain rounds down to
+        hundredths of the smallest.
       name: what tables and curves call it.
 
     Raises:
