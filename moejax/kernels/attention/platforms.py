@@ -106,12 +106,21 @@ def _in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
     q, k, v, sinks, queries, keys, out, logs = saved
-    dq, dk, dv = lax.platform_dependent(
+    dq, dk, dv = choose(
         *(q, k, v, queries, keys, out, logs, dout),
-        cpu=functools.partial(blockwise.backward, scale=scale, dtype=jnp.float32),
-        default=functools.partial(blockwise.backward, scale=scale, dtype=v.dtype),
+        kernels={"cpu": functools.partial(native.backward, scale=scale)},
+        default=functools.partial(_gradients_in_blocks, scale=scale),
     )
     return dq, dk, dv, None if sinks is None else _sink_gradient(sinks, out, logs, dout), None, None
+
+
+def _gradients_in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    values = operands[2]
+    return lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(blockwise.backward, scale=scale, dtype=jnp.float32),
+        default=functools.partial(blockwise.backward, scale=scale, dtype=values.dtype),
+    )
 
 
 def _sink_gradient(sinks: jax.Array, out: jax.Array, logs: jax.Array, dout: jax.Array) -> jax.Array:
