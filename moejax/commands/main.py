@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue prompts with a mixture-of-experts model",
     "verify": "prove that meshes and strategies compute what one device computes",
     "bench": "measure generation, one block, collectives and loading, against transformers and the machine",
+    "upcycle": "turn a dense checkpoint into a mixture of experts",
     "twin": "write a tiny random checkpoint with every special path of a model's config",
 }
 
