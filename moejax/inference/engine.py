@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from moejax.distributed import replicated_to_host
+from moejax.inference.sampling import Filters
 from moejax.inference.steps import BLOCK, Draw, Drawn, Requests, Step, begin, decode, prefill
 from moejax.language_model import LanguageModel
 from moejax.model import lay
@@ -43,6 +44,9 @@ class Engine:
         eos = np.full(round_up(max(len(eos_ids), 1), 8), -1, np.int32)
         eos[: len(eos_ids)] = eos_ids
         self._eos = self._put(eos)
+        filters = draw.filters and _operands(draw.filters, model.config.vocab_size)
+        self._filters = jax.tree.map(self._put, filters)
+        self._penalty = None if draw.penalty == 1 else self._put(np.float32(draw.penalty))
         self._graph, self._state = model.split()
 
     def start(
@@ -65,12 +69,15 @@ class Engine:
             numbers=self.model.put_rows(numbers, self.lie),
             seed=self._seed,
             eos=self._eos,
+            filters=self._filters,
+            penalty=self._penalty,
         )
         self._decode: jax.stages.Compiled | None = None
         self._budget = 1
         size = min(cache_bucket(max_len), self.model.config.context)
-        arguments = (self._state, self._requests)
-        self._step: Step = self._program(begin, (self._graph, size, self.draw, self.lie), arguments)(*arguments)
+        statics = (self._graph, size, self.draw.logprobs, self._penalty is not None, self.lie)
+        arguments = (self._state, self._requests.lengths)
+        self._step: Step = self._program(begin, statics, arguments)(*arguments)
         return self._prefill(tokens)
 
     def _prefill(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
@@ -81,7 +88,7 @@ class Engine:
         for first in range(0, padded.shape[1], width):
             chunk = self.model.put_rows(padded[:, first : first + width], self.lie)
             arguments = (self._state, self._step, chunk, self._put(np.int32(first)), self._requests)
-            program = program or self._program(prefill, (self._graph, self.draw, self.lie), arguments)
+            program = program or self._program(prefill, (self._graph, self.lie), arguments)
             self._step, new = program(*arguments)
             drawn.append(new)
         new_tokens, logprobs, _ = self._to_host(drawn[-1])
@@ -113,7 +120,7 @@ class Engine:
         arguments = (self._state, self._step, self.model.put_rows(left, self.lie), budgets, self._requests)
         # Looked up once: to hash a deep model's structure in every step costs as much as a small model's step.
         if self._decode is None:
-            self._decode = self._program(decode, (self._graph, self.draw, self.lie), arguments)
+            self._decode = self._program(decode, (self._graph, self.lie), arguments)
         self._step, drawn = self._decode(*arguments)
         return self._to_host(drawn)
 
@@ -138,6 +145,16 @@ class Engine:
             self.model.programs[key] = function.lower(*statics, *arrays).compile()
             self.compile_s += time.perf_counter() - began
         return self.model.programs[key]
+
+
+def _operands(filters: Filters, vocab_size: int) -> Filters:
+    """As arrays, on the host."""
+    return Filters(
+        np.float32(filters.temperature),
+        np.int32(min(filters.top_k, vocab_size)),
+        np.float32(filters.top_p),
+        np.float32(filters.min_p),
+    )
 
 
 def chunk_size(longest: int, rows: int) -> int:
