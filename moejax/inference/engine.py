@@ -44,8 +44,7 @@ class Engine:
         eos = np.full(round_up(max(len(eos_ids), 1), 8), -1, np.int32)
         eos[: len(eos_ids)] = eos_ids
         self._eos = self._put(eos)
-        filters = draw.filters and _operands(draw.filters, model.config.vocab_size)
-        self._filters = jax.tree.map(self._put, filters)
+        self._filters = draw.filters and self._operands(draw.filters)
         self._penalty = None if draw.penalty == 1 else self._put(np.float32(draw.penalty))
         self._graph, self._state = model.split()
 
@@ -132,11 +131,20 @@ class Engine:
         assert tokens is not None
         return tokens, logprobs, int(replicated_to_host(drawn.dropped))
 
-    def _put(self, value: np.ndarray | np.integer) -> jax.Array:
+    def _put(self, value: np.ndarray | np.number) -> jax.Array:
         """The same value on every device."""
         value = np.asarray(value)
         sharding = NamedSharding(self.model.mesh, PartitionSpec())
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    def _operands(self, filters: Filters) -> Filters:
+        """As arrays, which any values share a program for."""
+        return Filters(
+            temperature=self._put(np.float32(filters.temperature)),
+            top_k=self._put(np.int32(min(filters.top_k, self.model.config.vocab_size))),
+            top_p=self._put(np.float32(filters.top_p)),
+            min_p=self._put(np.float32(filters.min_p)),
+        )
 
     def _program(self, function: Any, statics: tuple, arrays: tuple) -> jax.stages.Compiled:
         key = (function, statics, jax.tree.structure(arrays), *map(_signature, jax.tree.leaves(arrays)))
@@ -145,16 +153,6 @@ class Engine:
             self.model.programs[key] = function.lower(*statics, *arrays).compile()
             self.compile_s += time.perf_counter() - began
         return self.model.programs[key]
-
-
-def _operands(filters: Filters, vocab_size: int) -> Filters:
-    """As arrays, on the host."""
-    return Filters(
-        np.float32(filters.temperature),
-        np.int32(min(filters.top_k, vocab_size)),
-        np.float32(filters.top_p),
-        np.float32(filters.min_p),
-    )
 
 
 def chunk_size(longest: int, rows: int) -> int:

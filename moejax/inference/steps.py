@@ -187,8 +187,9 @@ def _draw(logits: jax.Array, step: Step, requests: Requests, lie: Lie) -> Step:
     seen = step.seen
     with jax.named_scope("sample"):
         logits = place(logits, lie.stream.mesh, lie.stream.batch_spec)
-        penalised = seen is not None and requests.penalty is not None
-        scores = repetition_penalty(logits, seen, requests.penalty) if penalised else logits
+        scores = logits
+        if seen is not None and requests.penalty is not None:
+            scores = repetition_penalty(logits, seen, requests.penalty)
         tokens = sample(scores, request_keys(requests.seed, requests.numbers, step.positions), requests.filters)
         logprobs = None if step.logprobs is None else logprobs_of(logits, tokens)
         seen = None if seen is None else mark_seen(seen, tokens)
