@@ -24,8 +24,10 @@ from moejax.language_model import role_of
 from moejax.loading import abstract_decoder
 from moejax.model import Options, lay
 from moejax.opening import checkpoint_plan
-from moejax.training.batch import Batch
-from moejax.training.step import TrainState, train_step
+from moejax.training.batch import NO_TARGET, Batch
+from moejax.training.gradients import StepSettings
+from moejax.training.state import TrainState
+from moejax.training.step import TrainStep
 from moejax.upcycling.copying import upcycle
 from moejax.upcycling.families import dense_family_of
 
@@ -135,32 +137,32 @@ def test_noise_and_routers_have_the_size_asked_for_and_follow_the_seed(tmp_path)
 
 
 def batch_of(tokens: np.ndarray) -> Batch:
-    targets = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], -1)], 1)
+    targets = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], NO_TARGET)], 1)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Batch(*(jnp.asarray(a) for a in (tokens, targets, np.ones_like(tokens), positions)))
+    return Batch(*(jnp.asarray(a[None]) for a in (tokens, targets, np.ones_like(tokens), positions)))
 
 
-def moved(before: dict, after: dict, name: str) -> float:
-    """How far the first layer's parameter went in a step, at most."""
-    return float(np.abs(after[name] - before[name]).max())
+def moved(before: dict, after: dict, role: str) -> float:
+    """How far a parameter went in a step, at most."""
+    return float(np.abs(after[role] - before[role]).max())
 
 
 def test_it_trains_and_noise_lets_routers_learn_at_once(tmp_path):
     source = write_dense(tmp_path / "dense", "llama_bare")
-    mesh, optimizer = moejax.make_mesh("ep=1,tp=1"), optax.sgd(0.3)
-    lie, batch = lay(2, mesh, Options()), batch_of(TOKENS)
-    shares = []
+    mesh, optimizer, shares = moejax.make_mesh("ep=1,tp=1"), optax.sgd(0.3), []
+    config = upcycle(source, tmp_path / "moe0.0", experts=4, top_k=2).config
+    upcycle(source, tmp_path / f"moe{SPREAD}", experts=4, top_k=2, noise=SPREAD)
+    step = TrainStep(config, lay(2, mesh, Options()), optimizer, StepSettings())
     for noise in (0.0, SPREAD):
-        upcycle(source, tmp_path / f"moe{noise}", experts=4, top_k=2, noise=noise)
-        decoder = moejax.load(tmp_path / f"moe{noise}", mesh=mesh).decoder
-        graph, state = nnx.graphdef(decoder), TrainState.of(decoder, optimizer)
+        model = moejax.load(tmp_path / f"moe{noise}", mesh=mesh)
+        state = TrainState.of(model.parameters(), optimizer, mesh)
         losses, weights = [], []
         for _ in range(2):
-            weights.append(jax.tree.map(np.array, nnx.to_pure_dict(state.params)["layers"][0]["moe"]))
-            state, loss = train_step(graph, optimizer, lie, jnp.float32, state, batch)
-            losses.append(float(loss))
+            weights.append(jax.tree.map(np.array, state.params))
+            state, metrics = step(state, batch_of(TOKENS))
+            losses.append(float(metrics.loss))
         assert losses[1] < losses[0]
-        shares.append(moved(*weights, "router") / moved(*weights, "down"))
+        shares.append(moved(*weights, "layers.0.moe.router") / moved(*weights, "layers.0.moe.down"))
     assert shares[0] < 1e-5 < 1e-2 < shares[1]
 
 
