@@ -22,10 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = base_parser(
         "moejax upcycle",
         "Turn a dense Llama, Mistral or Qwen3 checkpoint into a mixture of experts (Mixtral, Qwen3-MoE) whose\n"
-        "experts all start as its MLP, to be trained on. Without noise the mixture computes what the dense model\n"
-        "does, because the weights of a token's experts sum to 1. For the same reason its routers learn nothing\n"
-        "from the loss until the experts have drifted apart by seeing different tokens. With --noise 0.1 experts\n"
-        "differ, and routers learn, from the first step.",
+        "experts all start as its MLP, for moejax train --model. Without noise the mixture computes what the dense\n"
+        "model does, because the weights of a token's experts sum to 1. For the same reason its routers learn\n"
+        "nothing from the loss until the experts have drifted apart by seeing different tokens. With --noise 0.1\n"
+        "experts differ, and routers learn, from the first step.",
         "moejax upcycle Qwen/Qwen3-0.6B /tmp/qwen3-8x0.6b --experts 8 --top-k 2 --noise 0.1",
     )
     parser.add_argument("source", metavar="SRC", help='a folder or a hub id "org/name[@revision]"')
