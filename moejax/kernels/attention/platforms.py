@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from moejax.kernels.attention import blockwise, native
 from moejax.kernels.attention.sight import Keys, Queries
 from moejax.kernels.device import choose
-from moejax.sharding import varying_as
+from moejax.sharding import alike
 
 Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
 
@@ -33,11 +33,7 @@ def attention(
       queries, keys: who sees what; a query that sees nothing gets zeros.
       scale: of the scores.
     """
-    operands = (q, k, v, sinks, queries, keys)
-    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
-    # devices.
-    leaves = jax.tree.leaves(operands)
-    return _traced_once(scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands))
+    return _traced_once(scale, *alike(q, k, v, sinks, queries, keys))
 
 
 def attention_with_logs(
@@ -52,9 +48,7 @@ def attention_with_logs(
 
     Not differentiable.
     """
-    operands = (q, k, v, None, queries, keys)
-    leaves = jax.tree.leaves(operands)
-    out, saved = _forward(scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands))
+    out, saved = _forward(scale, *alike(q, k, v, None, queries, keys))
     return out, saved[-1]
 
 
