@@ -1,10 +1,7 @@
 """Checkpoints of a run: exact on the same mesh and on others, whole or refused, and only those that are to be kept."""
 
 import json
-import os
-import re
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -158,31 +155,25 @@ def test_what_an_interrupted_save_left_is_no_checkpoint_and_goes(saved, tmp_path
     assert [path.name for path in target.iterdir()] == ["5"]
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut", "emptied"])
-def test_a_damaged_checkpoint_is_refused(damage, saved, folder, mesh, tmp_path):
-    """But for files that nothing reads any more once those of all processes are joined."""
-    config, state = state_on(folder, mesh("ep=1,tp=1"))
-    wanted = NeutralForm(config, mesh("ep=1,tp=1"), state).abstract
-    want = StoredState.open(saved / "5").read(wanted)
-    files = [path.relative_to(saved / "5") for path in saved.rglob("*") if path.is_file()]
-    largest = max(files, key=lambda file: (saved / "5" / file).stat().st_size)
-    needed = {Path("_CHECKPOINT_METADATA"), Path("state/manifest.ocdbt"), largest}
-    refused = set()
-    for number, file in enumerate(file for file in files if file in needed or file.parent.name == "d"):
-        damaged = shutil.copytree(saved / "5", tmp_path / str(number))
-        size = {"removed": None, "cut": (damaged / file).stat().st_size // 2, "emptied": 0}[damage]
-        if size is None:
-            (damaged / file).unlink()
-        else:
-            os.truncate(damaged / file, size)
-        try:
-            arrays = StoredState.open(damaged).read(wanted)
-        except MoejaxError as error:
-            assert re.search(rf"{damaged} is damaged or incomplete \(.+\); remove it", str(error))
-            refused.add(file)
-        else:
-            assert all(np.array_equal(arrays[name], want[name]) for name in wanted), file
-    assert needed <= refused
+def test_a_damaged_checkpoint_is_refused(saved, tmp_path):
+    state = shutil.copytree(saved / "5", tmp_path / "5") / "state"
+    files = [file for file in state.rglob("*") if file.is_file() and file.name != "commit_success.txt"]
+    assert len(files) > 8
+    for file in files:
+        whole = file.read_bytes()
+        flipped = bytes([whole[0] ^ 1]) + whole[1:]
+        for damaged in (
+            None,
+            b"",
+            whole[: len(whole) // 2],
+            whole[:-1],
+            *([flipped] if file.suffix != ".json" else []),
+        ):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(MoejaxError, match=rf"{file} .+; remove {tmp_path}/5, and the checkpoint before it is"):
+                StoredState.open(tmp_path / "5")
+            file.write_bytes(whole)
+    assert StoredState.open(tmp_path / "5").data == DATA
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(saved, folder, mesh, tmp_path):
