@@ -20,6 +20,7 @@ from moejax.inference.tokenizer import Tokenizer
 from moejax.language_model import LanguageModel, role_of
 from moejax.mesh import make_mesh
 from moejax.model import Decoder, Options
+from moejax.moe.router import Router
 from moejax.opening import Checkpoint, checkpoint_plan
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -42,6 +43,7 @@ def load(
     capacity_factor: float | None = None,
     chunks: int = 1,
     packed: bool = True,
+    router: Router | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint onto a mesh; each device's part is read from the files by itself.
@@ -55,6 +57,7 @@ def load(
       chunks: slices of the all_to_all exchange; see `moejax.moe`.
       packed: experts stored as MXFP4 stay so in device memory and are unpacked as they are used; False unpacks them
         while loading, which is faster to compute with and takes 3.8 times the memory in bfloat16.
+      router: replaces the config's in all layers; see `MoE`.
       progress: called with (bytes loaded, bytes in all).
 
     Raises:
@@ -66,7 +69,7 @@ def load(
         config = checkpoint.config
         mesh = _with_auto_axes(mesh if mesh is not None else make_mesh(num_experts=config.num_experts))
         layout = checkpoint.plan(mesh)
-        graph, abstract = abstract_decoder(config, mesh, dtype_of(dtype, config))
+        graph, abstract = abstract_decoder(config, mesh, dtype_of(dtype, config), router)
         wanted = {role_of(path): leaf for path, leaf in abstract.items()}
         loaded = load_parameters(checkpoint.files, layout, wanted, progress)
     state = nnx.from_flat_state([(path, nnx.Param(loaded[role_of(path)])) for path in abstract])
@@ -108,9 +111,11 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
 
 
-def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
+def abstract_decoder(
+    config: ModelConfig, mesh: Mesh, dtype: Any, router: Router | None = None
+) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
     """The decoder's structure, and the shape, dtype and sharding of each parameter, without making any of them."""
-    return abstract(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype), mesh)
+    return abstract(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype, router=router), mesh)
 
 
 def abstract(module: Callable[[], nnx.Module], mesh: Mesh) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
