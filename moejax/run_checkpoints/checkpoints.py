@@ -104,7 +104,7 @@ class Checkpoints:
         """The newest step that is saved, or None."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: Any, config: ModelConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
+    def restore(self, step: int, like: Any, config: ModelConfig, mesh: Mesh) -> tuple[Any, Mapping[str, Any] | None]:
         """Reads a step, each device its part.
 
         Args:
@@ -161,10 +161,6 @@ def _told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _score(metrics: Mapping[str, float | None]) -> float | None:
-    return metrics["score"]
-
-
 @dataclass
 class _Lowest(checkpoint_managers.PreservationPolicy):
     """Keeps the `n` checkpoints with the lowest scores; orbax' own would keep those without one among them."""
@@ -172,6 +168,11 @@ class _Lowest(checkpoint_managers.PreservationPolicy):
     n: int
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        scored = [info for info in checkpoints if info.metrics and _score(info.metrics) is not None]
+        scored = [info for info in checkpoints if info.metrics and _score(info.metrics) < math.inf]
         best = sorted(scored, key=lambda info: _score(info.metrics))[: self.n]
         return [info in best for info in checkpoints]
+
+
+def _score(metrics: Mapping[str, float | None]) -> float:
+    score = metrics["score"]
+    return math.inf if score is None else score

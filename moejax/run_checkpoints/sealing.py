@@ -37,7 +37,7 @@ class SealingHandler(ocp.PyTreeCheckpointHandler):
         super().__init__(type_handler_registry=_registry())
         self._data: Mapping[str, Any] | None = None
 
-    async def async_save(self, directory: Any, args: "SealedSave") -> Any:
+    async def async_save(self, directory: Any, args: "SealedSave") -> Any:  # type: ignore[override]
         self._data = args.data
         return await super().async_save(directory, args=ocp.args.PyTreeSave(args.item))
 
