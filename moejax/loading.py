@@ -1,6 +1,6 @@
 """From a name to a model on a mesh, and back to a folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,27 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     """
     companions = [model.folder / name for name in COMPANIONS if (model.folder / name).is_file()]
     layout = checkpoint_plan(model.config, model.mesh)
-    raw = dict(model.raw_config)
-    if not any(layer.moe and layer.moe.packed for layer in model.config.layers):
-        raw.pop("quantization_config", None)
-    raw.pop("auto_map", None)  # of code files, which are not written
-    if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
-        raw["tie_word_embeddings"] = model.config.tie_word_embeddings
-    family = family_of(raw["model_type"])
-    if raw["model_type"] != family.model_type:  # an alias, which only a model's own code knows
-        raw |= {"model_type": family.model_type, "architectures": [family.architecture]}
+    raw = plain_config(model.raw_config, model.config)
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
+
+
+def plain_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """config.json of a checkpoint that moejax writes: of the same model, and true of the files that go with it.
+
+    Args:
+      raw: the text model's config.json as it was read.
+      config: what was made of it and of its weights.
+    """
+    plain = dict(raw)
+    if not any(layer.moe and layer.moe.packed for layer in config.layers):
+        plain.pop("quantization_config", None)
+    plain.pop("auto_map", None)  # of code files, which are not written
+    if plain.get("tie_word_embeddings", False) != config.tie_word_embeddings:
+        plain["tie_word_embeddings"] = config.tie_word_embeddings
+    family = family_of(plain["model_type"])
+    if plain["model_type"] != family.model_type:  # an alias, which only a model's own code knows
+        plain |= {"model_type": family.model_type, "architectures": [family.architecture]}
+    return plain
 
 
 def abstract_decoder(
