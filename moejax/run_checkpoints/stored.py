@@ -50,8 +50,7 @@ class StoredState:
             data = unseal(folder / STATE)
         except MoejaxError as error:
             raise MoejaxError(f"{error}; remove {folder}, and the checkpoint before it is the latest") from error
-        with _reader() as reader:
-            tree = reader.metadata((folder / STATE).absolute()).item_metadata.tree
+        tree = array_handler().metadata((folder / STATE).absolute()).tree  # type: ignore[arg-type]
         arrays = {name: jax.ShapeDtypeStruct(a.shape, np.dtype(a.dtype)) for name, a in tree.items()}
         return cls(folder, arrays, data)
 
@@ -72,8 +71,8 @@ class StoredState:
         found = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
         if found:
             raise MoejaxError(
-                f"the arrays in {self.folder} are not this run's: {'; '.join(found)}; resume with the model and the "
-                "optimizer that it was saved with"
+                f"the arrays in {self.folder} do not fit: {'; '.join(found)}; they are of the model and the optimizer "
+                "that it was saved with"
             )
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -87,12 +86,13 @@ class StoredState:
             for name, leaf in wanted.items()
         }
         arguments = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=restore_args, partial_restore=True)
-        with _reader() as reader:
+        with ocp.Checkpointer(array_handler()) as reader:
             return reader.restore((self.folder / STATE).absolute(), arguments)
 
 
-def _reader() -> ocp.Checkpointer:
-    return ocp.Checkpointer(array_handler())
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that a run's folder of checkpoints holds, in order."""
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
 
 
 def _spelled(leaf: jax.ShapeDtypeStruct) -> str:
