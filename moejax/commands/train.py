@@ -23,7 +23,7 @@ from moejax.mesh import make_mesh
 from moejax.model import Decoder, Options
 from moejax.start_report import training_lines
 from moejax.training import tables
-from moejax.training.assembly import open_run
+from moejax.training.assembly import find_files, open_run
 from moejax.training.loop import DivergedError, Loop
 from moejax.training.optimizer import make_optimizer
 from moejax.training.overrides import overridden
@@ -88,6 +88,7 @@ def _train(args: argparse.Namespace) -> int:
     recipe, resume = _recipe(args, folder)
     start = Start.of(recipe.model) if resume is None else Start.of_run(folder.model)
     start.check(recipe)
+    find_files(recipe)
     config = json.dumps(start.raw_config, sort_keys=True)
     agree(args, {"recipe": tables.write(recipe), "config": config, "saved step": str(resume)})
     mesh = make_mesh(args.mesh, num_experts=start.config.num_experts, platform=args.platform)

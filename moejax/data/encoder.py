@@ -1,6 +1,8 @@
 """Documents to token ids, as a model is to see them."""
 
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from moejax.errors import MoejaxError
 from moejax.inference.chat import TemplateError, find_template, render_messages
 from moejax.inference.tokenizer import Tokenizer
 
-_GROUP = 1 << 20  # characters that are tokenised at a time
+_GROUP = 1 << 20  # characters that are tokenised at a time, on all cores
+_PIECE = 1 << 18  # characters of a long text that one core takes
 _CUT = re.compile(r"(?<=\w)(?= \w)")
 _SAMPLE = ("One", " two, three", " four: é", " 5")
 
@@ -85,6 +88,12 @@ class DocumentEncoder:
         highest = max(self.tokenizer.added_ids.values(), default=0)
         return max(self.tokenizer.vocab_size, highest + 1, (self.begin or 0) + 1, (self.end or 0) + 1)
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits; encoders with the same give the same tokens."""
+        parts = [self.tokenizer.fingerprint, self.tokenizer.special_tokens, self.begin, self.end, self.template]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """The documents' tokens in order; a conversation may give several (see `rendered_answers`).
 
@@ -109,7 +118,7 @@ class DocumentEncoder:
     def _encode_texts(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         texts = [document.text for document in documents if document.text is not None]
         pieces = [list(_pieces(text)) if self._may_cut else [text] for text in texts]
-        ids = iter(self.tokenizer.encode_texts([piece for parts in pieces for piece in parts]))
+        ids = tokenise(self.tokenizer, (piece for parts in pieces for piece in parts))
         begin = [] if self.begin is None else [self.begin]
         end = [] if self.end is None else [self.end]
         for text, parts in zip(texts, pieces, strict=True):
@@ -142,6 +151,19 @@ class DocumentEncoder:
         return whole == [index for part in parts for index in part]
 
 
+def tokenise(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
+    """Each text's ids, no special token added; many texts at a time, on all cores."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= _GROUP:
+            yield from tokenizer.encode_texts(group)
+            group, size = [], 0
+    yield from tokenizer.encode_texts(group)
+
+
 def _special_id(tokenizer: Tokenizer, config: dict[str, Any], name: str) -> int | None:
     token = tokenizer.special_tokens.get(f"{name}_token")
     if token is not None and (index := tokenizer.id_of(token)) is not None:
@@ -155,7 +177,7 @@ def _special_id(tokenizer: Tokenizer, config: dict[str, Any], name: str) -> int 
 def _pieces(text: str) -> Iterator[str]:
     """A long text in pieces, cut between words: they are tokenised on several cores, and one takes little memory."""
     start = 0
-    while len(text) - start > _GROUP and (cut := _CUT.search(text, start + _GROUP)):
+    while len(text) - start > _PIECE and (cut := _CUT.search(text, start + _PIECE)):
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]

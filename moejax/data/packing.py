@@ -5,7 +5,7 @@ after another, and rows are cut from them: every place of a row has a target, an
 goes on in the next one as a segment of its own, which begins with the target of the row's last place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -69,7 +69,7 @@ def batches(rows: PackedRows, batch: int) -> Iterator[Batch]:
         yield stacked([*found, *[_padding(rows.length)] * (batch - len(found))])
 
 
-def stacked(rows: list[Int[np.ndarray, "4 S"]]) -> Batch:
+def stacked(rows: Sequence[Int[np.ndarray, "4 S"]]) -> Batch:
     """Rows as a batch of arrays of the host."""
     return Batch(*np.stack(rows, axis=1))
 

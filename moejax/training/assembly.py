@@ -19,7 +19,9 @@ from moejax.evaluation.texts import read_texts
 from moejax.language_model import role_of
 from moejax.loading import DTYPES, abstract_decoder
 from moejax.model import Decoder, Options, lay
+from moejax.named_function import named_function
 from moejax.run_checkpoints.checkpoints import Checkpoints
+from moejax.training.gradients import Params, StepSettings
 from moejax.training.loop import Loop, Progress, Watcher
 from moejax.training.metrics import Record, eval_record
 from moejax.training.optimizer import learning_rate, make_optimizer
@@ -29,7 +31,7 @@ from moejax.training.run_folder import RunFolder
 from moejax.training.sinks import JsonLines, Sink, TensorBoard
 from moejax.training.start import Start
 from moejax.training.state import TrainState, decoder_of
-from moejax.training.step import Params, StepSettings, TrainStep
+from moejax.training.step import TrainStep
 
 Bar = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]
 """Shows how far something is under a title; gives the callback (done, total)."""
@@ -55,7 +57,6 @@ def open_run(
     Raises:
       MoejaxError: files that are missing or damaged, data or a saved state that are not this run's.
     """
-    _find_files(recipe)
     if resume is None and distributed.is_main():
         folder.write_model(start.raw_config, start.companions)
     distributed.barrier()
@@ -98,7 +99,7 @@ def open_run(
         yield loop
 
 
-def _find_files(recipe: Recipe) -> None:
+def find_files(recipe: Recipe) -> None:
     """Refuses a recipe whose files are not there, before anything is written."""
     paths = [*(part.path for part in recipe.data.mixture), *(recipe.eval.data if recipe.eval.every else ())]
     for path in map(recipe.data.find, paths):
@@ -127,7 +128,12 @@ def _data(recipe: Recipe, encoder: DocumentEncoder, cache: Path, bar: Bar) -> Tr
 def _step(recipe: Recipe, start: Start, mesh: Mesh) -> TrainStep:
     lie = lay(recipe.data.batch // recipe.accumulate, mesh, Options())
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    settings = StepSettings(dtype=DTYPES[recipe.dtype], clip=recipe.optimizer.clip or None)
+    settings = StepSettings(
+        dtype=DTYPES[recipe.dtype],
+        clip=recipe.optimizer.clip or None,
+        losses=recipe.losses,
+        remat=recipe.remat,
+    )
     return TrainStep(start.config, lie, optimizer, settings)
 
 
@@ -157,10 +163,12 @@ def _evaluation(
 
 def _decoder(step: TrainStep) -> Callable[[Params], Decoder]:
     """Makes a decoder of a run's parameters, in the dtype of its steps."""
-    graph, leaves = abstract_decoder(step.config, step.lie.stream.mesh, step.settings.dtype)
+    named, dtype = step.settings.losses.router, step.settings.dtype
+    router = None if named is None else named_function(named, "losses.router")
+    graph, leaves = abstract_decoder(step.config, step.lie.stream.mesh, dtype, router)
     paths = {role_of(path): path for path in leaves}
 
     def decoder(params: Params) -> Decoder:
-        return decoder_of(graph, paths, {role: p.astype(step.settings.dtype) for role, p in params.items()})
+        return decoder_of(graph, paths, {role: p.astype(dtype) for role, p in params.items()})
 
     return decoder

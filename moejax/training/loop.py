@@ -177,6 +177,8 @@ class Loop:
             "seconds": seconds,
             "learning_rate": rate,
             "grad_norm": float(m.grad_norm),
+            "balance_loss": float(m.balance_loss),
+            "z_loss": float(m.z_loss),
             "dropped": int(m.dropped),
             "skipped": progress.skipped,
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moejax.data.sources import Source
 from moejax.errors import MoejaxError
 from moejax.moe.losses import LossSettings
 from moejax.training import tables
@@ -35,24 +36,6 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One file of the mixture: tokens are drawn from the files as their weights are to one another.
-
-    Attributes:
-      path: from `data.root`.
-      name: in metrics; empty: the file's name up to its first dot.
-    """
-
-    path: str
-    weight: float = 1.0
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise MoejaxError(f"data.mixture: weight={self.weight} of {self.path} must be above 0")
-
-
-@dataclass(frozen=True, slots=True)
 class DataRecipe:
     """What a step reads.
 
@@ -60,12 +43,13 @@ class DataRecipe:
       batch: sequences of one step, over all devices.
       length: tokens of a sequence.
       root: where the paths of the mixture and of `eval.data` start, relative to the current folder.
+      mixture: files and their shares.
     """
 
     batch: int
     length: int
     root: str = ""
-    mixture: tuple[Part, ...] = ()
+    mixture: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("data.batch", self.batch, 1)
@@ -73,7 +57,7 @@ class DataRecipe:
 
     def find(self, path: str) -> str:
         """A path of the recipe as it is opened."""
-        return os.path.join(self.root, path)
+        return os.path.expanduser(os.path.join(self.root, path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +151,7 @@ class Recipe:
       seed: of random weights, of the order of documents, and of router noise.
       dtype: of the forward and backward pass; master weights and optimizer are f32.
       accumulate: parts that a step's batch is computed in, one after another.
+      remat: compute activations again in the backward pass, which takes less memory and more time.
     """
 
     steps: int
@@ -175,6 +160,7 @@ class Recipe:
     seed: int = 0
     dtype: str = "bfloat16"
     accumulate: int = 1
+    remat: bool = False
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     losses: LossSettings = field(default_factory=LossSettings)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)

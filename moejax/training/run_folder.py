@@ -120,7 +120,13 @@ def changes(old: Recipe, new: Recipe) -> dict[str, tuple[str, str]]:
     differ = {name: (before.get(name, "unset"), after.get(name, "unset")) for name in {**before, **after}}
     differ = {name: pair for name, pair in differ.items() if pair[0] != pair[1]}
     for name, (was, now) in differ.items():
-        if name.startswith(("model.", "data.mixture")) or name in ("data.batch", "data.length", "seed"):
+        # A file may have moved; that it is the same one, the data's own position knows.
+        moved = name.endswith(".path") and name in before and name in after
+        if (
+            name in ("seed", "data.length")
+            or name.startswith("model.")
+            or (name.startswith("data.mixture.") and not moved)
+        ):
             raise MoejaxError(
                 f"{name} was {was} in this run and is {now} now, with which its weights and its place in the data are "
                 "of no use; resume without that change, or start a run in another folder"
