@@ -22,6 +22,7 @@ from moejax.mesh import make_mesh
 from moejax.model import Decoder, Options
 from moejax.moe.router import Router
 from moejax.opening import Checkpoint, checkpoint_plan
+from moejax.sharding import AnyMesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPANIONS = (
@@ -123,13 +124,13 @@ def plain_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def abstract_decoder(
-    config: ModelConfig, mesh: Mesh, dtype: Any, router: Router | None = None
+    config: ModelConfig, mesh: AnyMesh, dtype: Any, router: Router | None = None
 ) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
     """The decoder's structure, and the shape, dtype and sharding of each parameter, without making any of them."""
     return abstract(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype, router=router), mesh)
 
 
-def abstract(module: Callable[[], nnx.Module], mesh: Mesh) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
+def abstract(module: Callable[[], nnx.Module], mesh: AnyMesh) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
     """The same of what `module` would make."""
     graph, state = nnx.split(nnx.eval_shape(module))
     leaves = {

@@ -18,6 +18,7 @@ from moejax.moe.auto import Choice, check_strategy, choose
 from moejax.moe.jitter import Jitter
 from moejax.moe.layer import MoEDetails, Parallel
 from moejax.moe.router import Router
+from moejax.moe.usage import dropped_pairs
 from moejax.nn.block import Block
 from moejax.nn.cache import Cache
 from moejax.nn.embedding import embed, head_logits
@@ -146,7 +147,7 @@ class Decoder(nnx.Module):
             router_logits=tuple(_flat(d.router_logits) for d in sparse) if router_logits else (),
             routed_experts=tuple(_flat(d.routing.experts) for d in sparse) if router_logits else (),
             hidden_states=states if hidden_states else (),
-            dropped=_dropped(details),
+            dropped=dropped_pairs(details),
         )
 
     def hidden_states(
@@ -213,7 +214,7 @@ class Decoder(nnx.Module):
             details.append(detail)
         last = jnp.maximum((positions >= 0).sum(1, dtype=jnp.int32) - 1, 0)
         x = jnp.take_along_axis(x, last[:, None, None], 1)
-        return self._logits(self.norm(x), lie)[:, 0], tuple(new), _dropped(details)
+        return self._logits(self.norm(x), lie)[:, 0], tuple(new), dropped_pairs(details)
 
     def _embed(self, tokens: jax.Array, lie: Lie) -> jax.Array:
         with jax.named_scope("embed"):
@@ -253,7 +254,3 @@ def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | Non
 
 def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
-
-
-def _dropped(details: list[MoEDetails | None]) -> jax.Array:
-    return sum((d.accounting.dropped for d in details if d is not None), jnp.int32(0))

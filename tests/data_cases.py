@@ -41,7 +41,5 @@ def byte_encoder(folder: Path, template: str | None = None) -> DocumentEncoder:
 def corpus_of(documents: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]] | None = None) -> Corpus:
     """A corpus of these ids; each document counts a byte for each token."""
     masks = [None] * len(documents) if learned is None else [np.array(mask, bool) for mask in learned]
-    encoded = [
-        Encoded(np.array(ids, np.int32), mask, len(ids)) for ids, mask in zip(documents, masks, strict=True)
-    ]
+    encoded = [Encoded(np.array(ids, np.int32), mask, len(ids)) for ids, mask in zip(documents, masks, strict=True)]
     return Corpus.of(encoded, vocab_size=1 << 20)

@@ -87,10 +87,10 @@ def sequence(views, logits):
     """Equations 17 to 20 for each sequence; the mean over tokens' sequences, and layers."""
     total, tokens = 0.0, 0
     for view, of in zip(views, logits, strict=True):
-        e, k = view.config.num_experts, view.config.num_experts_per_tok
+        e = view.config.num_experts
         for x, experts in parts(view, of):
-            t = len(x)
-            f = np.array([e / (k * t) * (experts == i).any(-1).sum() for i in range(e)])
+            t, pairs = len(x), (experts >= 0).sum()
+            f = np.array([e / pairs * (experts == i).any(-1).sum() for i in range(e)])
             total += t * (f * scores(view.config, x).mean(0)).sum()
             tokens += t
     return total / tokens

@@ -64,6 +64,16 @@ def test_values_and_gradients_are_numpy_s(config):
                 assert float(gradient[place]) == pytest.approx(want, rel=1e-3, abs=1e-7), (name, layer, place)
 
 
+def test_choices_that_go_nowhere_are_counted_nowhere():
+    """A user's own router may make some."""
+    views = random_views(SOFTMAX)
+    experts = np.asarray(views[0].routing.experts).copy()
+    experts[1, 1:4, 0] = -1
+    views[0] = view_of(SOFTMAX, views[0].logits, experts, SEGMENTS, views[0].earlier)
+    logits = [np.asarray(view.logits, np.float64) for view in views]
+    assert values(views) == pytest.approx({name: oracle(views, logits) for name, oracle in ORACLES.items()}, rel=1e-6)
+
+
 def test_of_padding_alone_nothing_is_lost():
     nothing = random_views(SOFTMAX, segments=np.zeros_like(SEGMENTS))
     nothing = [dataclasses.replace(view, earlier=jnp.zeros(5, jnp.int32)) for view in nothing]

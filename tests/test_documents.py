@@ -69,8 +69,8 @@ def test_progress_ends_with_the_size_of_the_file_as_stored(tmp_path):
         ("a.jsonl", '{"text": 1}', 'line 1: "text" is a int; make it a string'),
         ("a.jsonl", '{"text": "\\ud83d"}', "line 1 holds '\\ud83d', half a character"),
         ("a.jsonl", '{"messages": []}', 'line 1: "messages" must be a list of at least one message'),
-        ("a.jsonl", '{"messages": ["a"]}', "line 1: a message must be an object with \"role\" and \"content\", got 'a'"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "of the role \"assistant\" to learn from, only of ['user']"),
+        ("a.jsonl", '{"messages": ["a"]}', 'a message must be an object with "role" and "content", got'),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "\"assistant\" to learn from, only of ['user']"),
         ("a.json", "{}", "name such a file *.jsonl"),
     ],
 )  # fmt: skip

@@ -81,7 +81,9 @@ def test_sums_are_those_of_each_piece_alone(number, part, plain, folder, mesh):
     assert result.dropped == 0
 
 
-@pytest.mark.parametrize(("spec", "batch", "strategy"), [("ep=4,tp=2", 3, "all_to_all"), ("ep=4,tp=2", 5, "all_reduce")])
+@pytest.mark.parametrize(
+    ("spec", "batch", "strategy"), [("ep=4,tp=2", 3, "all_to_all"), ("ep=4,tp=2", 5, "all_reduce")]
+)
 def test_no_mesh_and_no_batch_changes_a_result(spec, batch, strategy, plain, folder, files, mesh):
     model = moejax.load(folder, mesh=mesh(spec), strategy=strategy)
     for one, other in zip(plain, evaluate(model, files, length=LENGTH, batch=batch), strict=True):
@@ -142,7 +144,7 @@ def test_mistakes(folder, files, mesh, tmp_path):
     model = moejax.load(folder, mesh=mesh("ep=1,tp=1"))
     with pytest.raises(MoejaxError, match="batch=0 must be at least 1"):
         evaluator_of(model, LENGTH, 0)
-    with pytest.raises(MoejaxError, match="missing.txt cannot be read"):
+    with pytest.raises(MoejaxError, match=r"missing\.txt cannot be read"):
         evaluate(model, [tmp_path / "missing.txt"])
     small = read_config({**model.raw_config, "vocab_size": 40})
     with pytest.raises(MoejaxError, match=r"gives id \d+, but the model's vocabulary ends at 39"):

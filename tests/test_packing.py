@@ -1,5 +1,7 @@
 """Packed rows: no target lost or told twice, segments and positions as attention wants them."""
 
+from itertools import pairwise
+
 import numpy as np
 from data_cases import corpus_of
 from hypothesis import given, settings
@@ -49,7 +51,7 @@ def test_only_what_is_to_be_learned_is_a_target():
 def test_every_token_but_the_first_of_a_document_is_a_target_once(lengths, length, random, batch):
     # Ids are all different, so that a target names its place in the corpus.
     bounds = np.cumsum([0, *lengths])
-    documents = [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    documents = [list(range(a, b)) for a, b in pairwise(bounds)]
     order = random.sample(range(len(documents)), len(documents))
     corpus = corpus_of(documents)
     rows = PackedRows(corpus, length, np.array(order))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 import os
 import signal
@@ -84,6 +85,8 @@ def _count(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    # Orbax warns there of every save that has no score.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     folder = RunFolder(Path(args.run).expanduser())
     recipe, resume = _recipe(args, folder)
     start = Start.of(recipe.model) if resume is None else Start.of_run(folder.model)

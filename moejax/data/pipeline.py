@@ -6,7 +6,6 @@ which each process reads its own: where the reading stands is one number, whatev
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from moejax.errors import MoejaxError
 from moejax.training.batch import Batch
 
 _AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # batches made while the step runs
+_ENDLESS = 1 << 48  # rows; grain counts them in floats too
 
 
 class TrainingData(Iterator[Batch]):
@@ -128,7 +128,7 @@ class TrainingData(Iterator[Batch]):
             assert found is not None  # grain's types allow for filters
             return found
 
-        ours = grain.MapDataset.range(sys.maxsize // self._shares - taken).map(row)
+        ours = grain.MapDataset.range(_ENDLESS).map(row)
         self._batches = iter(ours.batch(each, batch_fn=stacked).to_iter_dataset(_AHEAD))
 
 

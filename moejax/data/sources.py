@@ -1,12 +1,13 @@
 """Which files are read, and how often each."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from moejax.errors import MoejaxError
 
-_SUFFIXES = (".xz", ".gz", ".txt", ".jsonl", ".train", ".valid")
+_STORED = re.compile(r"(?<=.)(\.(train|valid|txt|jsonl|xz|gz))+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class Source:
 
     Attributes:
       path: of the file.
-      weight: the share of rows that come from it is this over the sum of all weights.
+      weight: the share of rows that come from it is this over the sum of all weights, which grain rounds down to
+        hundredths of the smallest.
       name: what tables and curves call it.
 
     Raises:
@@ -35,7 +37,4 @@ class Source:
 
 def short_name(path: str | Path) -> str:
     """The file's name without what says how it is stored: "chat" of data/chat.train.txt.xz."""
-    name = Path(path).name
-    while name.endswith(_SUFFIXES) and Path(name).stem:
-        name = Path(name).stem
-    return name
+    return _STORED.sub("", Path(path).name)

@@ -21,7 +21,7 @@ from moejax.evaluation.results import Result
 from moejax.evaluation.texts import Text, read_texts, row_length
 from moejax.language_model import LanguageModel, put_rows
 from moejax.model import Decoder, Lie, lay
-from moejax.moe.usage import entropy_sums, pairs_by_expert
+from moejax.moe.usage import dropped_pairs, entropy_sums, pairs_by_expert
 from moejax.training.batch import NO_TARGET, Batch
 from moejax.training.cross_entropy import cross_entropy
 
@@ -77,7 +77,7 @@ class Evaluator:
         """How many there are of a file."""
         return -(-len(PackedRows(text.corpus, self.length)) // self.batch)
 
-    def _batches(self, params: Any, text: Text) -> Iterator[Seen]:
+    def _batches(self, params: Any, text: Text) -> Iterator[Any]:
         """What each batch shows, on the host, wide enough to be summed; one computes while the last one is read."""
         before: Seen | None = None
         for batch in batches(PackedRows(text.corpus, self.length), self.batch):
@@ -103,7 +103,7 @@ class Evaluator:
             tokens=real.sum(dtype=jnp.int32),
             tokens_per_expert=pairs_by_expert(details),
             entropy=entropy_sums(details, real),
-            dropped=sum((d.accounting.dropped for d in details if d is not None), jnp.int32(0)),
+            dropped=dropped_pairs(details),
         )
 
     def _put(self, batch: Batch) -> Batch:

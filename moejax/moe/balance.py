@@ -115,10 +115,10 @@ def switch_balance(views: Sequence[RouterView]) -> Float[Array, ""]:
 def sequence_balance(views: Sequence[RouterView]) -> Float[Array, ""]:
     """sum_i f_i P_i within each sequence: 1 where its tokens are spread evenly, up to E / K.
 
-    In a sequence of T tokens f_i is E / (K T) times the tokens that chose expert i, and P_i the mean of their
-    `RouterView.scores`. The sequences of a packed row are its segments. Sequences are averaged by their tokens, so that
-    a short one, which cannot be even, weighs little; with sequences of one length that is the paper's mean. Layers are
-    averaged: the paper's weight, which adds them up, is this one over the number of sparse layers.
+    In a sequence of T tokens, and so of K T pairs, f_i is E / (K T) times the tokens that chose expert i, and P_i the
+    mean of their `RouterView.scores`. The sequences of a packed row are its segments. They are averaged by their
+    tokens, so that a short one, which cannot be even, weighs little; with sequences of one length that is the paper's
+    mean. Layers are averaged: the paper's weight, which adds them up, is this one over the number of sparse layers.
 
     Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", equations 17 to 20.
     """

@@ -27,3 +27,8 @@ def entropy_sums(details: Sequence[MoEDetails | None], real: Bool[Array, "B S"])
 
     sums = [of(d.router_logits) for d in details if d is not None]
     return jnp.stack(sums) if sums else jnp.zeros(0, jnp.float32)
+
+
+def dropped_pairs(details: Sequence[MoEDetails | None]) -> Int[Array, ""]:
+    """Pairs of token and expert that found no room, of all layers; 0 unless a capacity factor was set."""
+    return sum((d.accounting.dropped for d in details if d is not None), jnp.int32(0))

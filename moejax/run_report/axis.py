@@ -24,7 +24,8 @@ class Axis:
         """One that holds these values, with some room where they are all the same."""
         logarithmic = logarithmic and low > 0
         if low == high:
-            low, high = (low / 2, high * 2) if logarithmic else (low - abs(low) / 2 - 1e-9, high + abs(high) / 2 + 1e-9)
+            room = abs(low) / 2 or 0.5
+            low, high = (low / 2, high * 2) if logarithmic else (low - room, high + room)
         return cls(low, high, begin, end, logarithmic)
 
     def place(self, values: float | Sequence[float] | np.ndarray) -> np.ndarray:

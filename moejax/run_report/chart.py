@@ -67,7 +67,8 @@ class Chart:
         """The picture, in the colours of the page it is on."""
         x, y = self._x(), self._y()
         parts = [*_grid(x, y), *self._bound(y), '<g clip-path="url(#plot)">']
-        parts += [_band(line, x, y) for line in self.lines if line.band]
+        faint = 0.25 if len(self.lines) == 1 else 0.12
+        parts += [_band(line, x, y, faint) for line in self.lines if line.band]
         parts += [_polyline(line, x, y) for line in self.lines]
         parts.append(_cut_off(self.lines, y))
         return (
@@ -94,10 +95,11 @@ class Chart:
         if not self.bound:
             return []
         at, right = float(y.place(self.bound[0])), WIDTH - RIGHT
-        beside = at + 12 if at < HEIGHT - BOTTOM - 15 else at - 4
+        low = at > HEIGHT - BOTTOM - 15
+        beside, anchor, by = (LEFT + 4, "start", at - 4) if low else (right, "end", at + 12)
         return [
             f'<path class="bound" d="M{LEFT} {at:.1f}H{right}"/>',
-            f'<text class="tick" x="{right}" y="{beside:.1f}" text-anchor="end">{escape(self.bound[1])}</text>',
+            f'<text class="tick" x="{beside}" y="{by:.1f}" text-anchor="{anchor}">{escape(self.bound[1])}</text>',
         ]
 
 
@@ -134,10 +136,10 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _band(line: Line, x: Axis, y: Axis) -> str:
+def _band(line: Line, x: Axis, y: Axis, opacity: float) -> str:
     low, high = line.band or (line.curve, line.curve)
     points = _points(x.place([*high.steps, *low.steps[::-1]]), y.place([*high.values, *low.values[::-1]]), 1)
-    return f'<polygon class="band" fill="{line.colour}" stroke="{line.colour}" points="{points}"/>'
+    return f'<polygon opacity="{opacity}" fill="{line.colour}" stroke="{line.colour}" points="{points}"/>'
 
 
 def _polyline(line: Line, x: Axis, y: Axis) -> str:

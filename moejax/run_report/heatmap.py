@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 from jaxtyping import Float, Int
 
+from moejax.run_report.axis import round_step
 from moejax.run_report.colours import LEVELS, level_colour, levels
 
 LEFT, TOP, BOTTOM = 38, 20, 30
@@ -95,7 +96,7 @@ def legend_drawn(end: int) -> str:
     powers = range(-ENDS.index(end) - 1, ENDS.index(end) + 2)
     for power in powers:
         at = 22 + 4 * (LEVELS - 1) * (power / powers[-1] / 2 + 0.5)
-        name = "even share" if power == 0 else f"{2**power}x" if power > 0 else f"1/{2**-power}"
+        name = "even" if power == 0 else f"{2**power}x" if power > 0 else f"1/{2**-power}"
         sign = "≤" if power == powers[0] else "≥" if power == powers[-1] else ""
         parts.append(f'<path class="axis" d="M{at:.1f} 14v4"/>' + _tick(at, 30, sign + name))
     return "".join(parts)
@@ -126,4 +127,4 @@ def _tick(x: float, y: float, name: str, anchor: str = "middle") -> str:
 
 def _named(count: int, most: float) -> range:
     """Indices that are written out, evenly spaced so that they do not run into each other."""
-    return range(0, count, -(-count // max(1, int(most))))
+    return range(0, count, max(1, int(round_step(count / max(most, 1)))))

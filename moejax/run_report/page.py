@@ -31,6 +31,7 @@ def render(runs: Sequence[Run]) -> str:
         runs=[(run.name, *series(i), tables.model_line(run)) for i, run in enumerate(runs)],
         tiles=[(row.name, row.cells[0]) for row in final if row.name in TILES] if len(runs) == 1 else [],
         final=final,
+        domains=tables.domain_rows(runs),
         recipe=recipe,
         differing=tables.differing(recipe),
         sections=[

@@ -24,19 +24,22 @@ CELLS = 40_000
 """Of all heatmaps over time of a run together, as far as that leaves them 24 columns."""
 
 
-def window(run: Run) -> int:
-    """Steps that a smoothed curve takes the mean of."""
-    return max(1, len(run.curves["loss"]) // 50) if "loss" in run.curves else 1
+def window(curve: Curve) -> int:
+    """Points that a smoothed curve takes the mean of."""
+    return max(1, len(curve) // 50)
 
 
 def loss_charts(runs: Sequence[Run]) -> list[Chart]:
     """The loss in training, and that of evaluations by domain."""
-    widths = sorted({window(run) for run in runs})
+    widths = sorted({window(run.curves["loss"]) for run in runs if "loss" in run.curves})
     note = (
-        "" if widths == [1] else f"smoothed over {' or '.join(map(str, widths))} steps; behind it the least and largest"
+        ""
+        if max(widths, default=1) == 1
+        else f"smoothed over {' or '.join(map(str, widths))} steps; behind it the least and largest"
     )
     charts = [Chart("training loss (nats a token)", _over_runs(runs, "loss", smooth=True), note)]
-    charts += _by_domain(runs, EVAL_LOSS, "loss by domain (nats a token)")
+    if len(runs) == 1:  # several runs may have several tokenizers, whose losses say little of each other
+        charts += _by_domain(runs, EVAL_LOSS, "loss by domain (nats a token)")
     charts += _by_domain(runs, EVAL_BITS, "bits per byte by domain")
     return [chart for chart in charts if chart.lines]
 
@@ -140,8 +143,8 @@ def _over_runs(runs: Sequence[Run], name: str, smooth: bool = False) -> list[Lin
             continue
         colour, dash = series(index)
         label = run.name if len(runs) > 1 else ""
-        band = curve.band(POINTS // 2) if smooth and window(run) > 1 else None
-        width = max(1, window(run) * len(curve) // len(run.curves["loss"])) if smooth else 1
+        width = window(curve) if smooth else 1
+        band = curve.band(POINTS // 2) if width > 1 else None
         lines.append(Line(label, curve.smoothed(width), colour, dash, band))
     return lines
 
@@ -167,7 +170,7 @@ def _by_layer(run: Run, prefix: str, title: str, bound: tuple[float, str] | None
     curves = run.under(prefix)
     colours = [depth(i, len(curves)) for i in range(len(curves))]
     lines = [
-        Line(layer_title(name), curve.smoothed(max(1, len(curve) // 50)), colour)
+        Line(layer_title(name), curve.smoothed(window(curve)), colour)
         for (name, curve), colour in zip(curves.items(), colours, strict=True)
     ]
     few = range(len(lines)) if len(lines) <= 8 else (0, len(lines) // 2, len(lines) - 1)

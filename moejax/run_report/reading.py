@@ -16,11 +16,11 @@ from moejax.errors import MoejaxError
 from moejax.run_report.curves import Curve, evenly
 
 METRICS = "metrics.jsonl"
-DENSE = ("loss", "grad_norm")
-"""Read of every line, so that no peak is missed."""
+DENSE = ("loss", "grad_norm", "seconds")
+"""Read of every line, so that no peak is missed and sums are whole."""
 PARSED = 1500
 """Lines of which everything is read, besides those of evaluations."""
-_NUMBER = re.compile(rb'"(step|loss|grad_norm)": ?([^,}\s]+)')
+_NUMBER = re.compile(rb'"(step|loss|grad_norm|seconds)": ?([^,}\s]+)')
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,9 @@ class Run:
     unreadable: int
 
     def under(self, prefix: str) -> dict[str, Curve]:
-        """The curves whose names begin so, by the rest of their names, in the order of these."""
-        return {name.removeprefix(prefix): self.curves[name] for name in sorted(self.curves) if name.startswith(prefix)}
+        """The curves whose names begin so, by the rest of their names, in the order of these and of their numbers."""
+        names = sorted((name for name in self.curves if name.startswith(prefix)), key=_natural)
+        return {name.removeprefix(prefix): self.curves[name] for name in names}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -71,7 +72,7 @@ def read_metrics(path: Path) -> tuple[dict[str, Curve], dict[str, Any], int]:
     """The curves of a metrics.jsonl, what the last step says, and how many lines could not be read.
 
     A line makes those before it void that are of its step or a later one: a run was resumed there. Of a long file
-    every line gives its loss and gradient norm, and some of them the rest.
+    every line gives its loss, gradient norm and seconds, and some of them the rest.
 
     Raises:
       MoejaxError: no line can be read.
@@ -142,6 +143,11 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 def _model(folder: Path) -> dict[str, Any]:
     return read_json(folder, "config.json", required=False)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key to sort by that knows that layer_100 comes after layer_99."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

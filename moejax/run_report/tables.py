@@ -12,6 +12,7 @@ from moejax.run_report.panels import EVAL_BITS, EVAL_LOSS, IMBALANCE, window
 from moejax.run_report.reading import Run
 
 MISSING = "-"
+BITS = "bits per byte"
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,13 @@ def final_values(runs: Sequence[Run]) -> dict[str, list[float | None]]:
     """By name, what each run ended with; a curve that is drawn smoothed ends with its last window's mean."""
     values: dict[str, list[float | None]] = {"steps": [run.last["step"] for run in runs]}
     values["training loss"] = [_mean_of_last(run, "loss") for run in runs]
-    for prefix, kind in ((EVAL_BITS, "bits per byte"), (EVAL_LOSS, "loss")):
-        domains = dict.fromkeys(name for run in runs for name in run.under(prefix))
-        each = {domain: [_last(run, prefix + domain) for run in runs] for domain in domains}
-        if len(each) > 1:
+    for prefix, kind in ((EVAL_BITS, BITS), (EVAL_LOSS, "loss")):
+        each = {domain: [_last(run, prefix + domain) for run in runs] for domain in domains(runs)}
+        if each:
             values[f"{kind}, mean of domains"] = [_mean(column) for column in zip(*each.values(), strict=True)]
-        values |= {f"{kind}, {domain}": row for domain, row in each.items()}
     values["tokens trained on"] = [_last(run, "tokens") for run in runs]
     values["tokens a second"] = [_median(run, "tokens_per_s") for run in runs]
+    values["time in steps"] = [_seconds(run) for run in runs]
     values["model FLOPs utilisation"] = [_median(run, "mfu") for run in runs]
     values["fullest expert's load over the even share"] = [_fullest(run) for run in runs]
     values["steps skipped"] = [_last(run, "skipped") for run in runs]
@@ -42,13 +42,27 @@ def final_values(runs: Sequence[Run]) -> dict[str, list[float | None]]:
     return {name: row for name, row in values.items() if any(value is not None for value in row)}
 
 
+def domains(runs: Sequence[Run]) -> list[str]:
+    """What the runs were evaluated on."""
+    return list(dict.fromkeys(name for run in runs for name in run.under(EVAL_LOSS)))
+
+
+def domain_rows(runs: Sequence[Run]) -> list[Row]:
+    """For each domain the loss and the bits per byte of the last evaluation, a pair of cells for each run."""
+    rows = []
+    for domain in domains(runs):
+        kinds = [[_last(run, prefix + domain) for run in runs] for prefix in (EVAL_LOSS, EVAL_BITS)]
+        cells = [MISSING if value is None else f"{value:.4f}" for kind in kinds for value in kind]
+        rows.append(Row(domain, cells, [flag for kind in kinds for flag in _lowest(kind)]))
+    return rows
+
+
 def final_rows(runs: Sequence[Run]) -> list[Row]:
     """The same as a table, the lowest losses marked where there are several runs."""
     rows = []
     for name, values in final_values(runs).items():
-        known = [value for value in values if value is not None]
-        judged = len(runs) > 1 and name.startswith(("training loss", "bits per byte", "loss"))
-        best = [judged and value is not None and value == min(known) for value in values]
+        judged = name.startswith(("training loss", BITS, "loss"))
+        best = _lowest(values) if judged else [False] * len(values)
         rows.append(Row(name, [MISSING if value is None else figure(name, value) for value in values], best))
     return rows
 
@@ -61,6 +75,9 @@ def figure(name: str, value: float) -> str:
         return f"{value:.1%}"
     if "over the even share" in name:
         return f"{value:.2f}x"
+    if "time" in name:
+        size, unit = next((each for each in ((3600, "h"), (60, "min")) if value >= 2 * each[0]), (1, "s"))
+        return f"{value / size:.3g} {unit}"
     return f"{value:,.0f}" if value < 1e6 else f"{short(float(f'{value:.3g}'))}"
 
 
@@ -106,9 +123,15 @@ def model_line(run: Run) -> str:
     return ", ".join([str(raw["model_type"]), *known]) if "model_type" in raw else ""
 
 
+def _lowest(values: Sequence[float | None]) -> list[bool]:
+    """Which of several are the lowest."""
+    known = [value for value in values if value is not None]
+    return [len(known) > 1 and value is not None and value == min(known) for value in values]
+
+
 def _mean_of_last(run: Run, name: str) -> float | None:
     curve = run.curves.get(name)
-    return None if curve is None else float(curve.values[-window(run) :].mean())
+    return None if curve is None else float(curve.values[-window(curve) :].mean())
 
 
 def _last(run: Run, name: str) -> float | None:
@@ -121,8 +144,13 @@ def _median(run: Run, name: str) -> float | None:
     return None if curve is None else float(np.median(curve.values))
 
 
+def _seconds(run: Run) -> float | None:
+    curve = run.curves.get("seconds")
+    return None if curve is None else float(curve.values.sum())
+
+
 def _fullest(run: Run) -> float | None:
-    ends = [curve.values[-max(1, len(curve) // 50) :].mean() for curve in run.under(IMBALANCE).values()]
+    ends = [curve.values[-window(curve) :].mean() for curve in run.under(IMBALANCE).values()]
     return float(max(ends)) if ends else None
 
 

@@ -1,6 +1,7 @@
 """The parts of a run, put together: data, step, state, checkpoints, sinks, evaluation."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def open_run(
             batches=data,
             place=Placing(step.lie, recipe.accumulate),
             rate=learning_rate(recipe.optimizer, recipe.steps),
-            save=lambda number, state, **kept: checkpoints.save(number, state, start.config, mesh, **kept),
+            save=functools.partial(checkpoints.save, config=start.config, mesh=mesh),
             evaluate=_evaluation(recipe, step, encoder),
             sinks=_sinks(folder, recipe, progress.step, stack) if distributed.is_main() else (),
             watcher=watcher,

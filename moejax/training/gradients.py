@@ -20,8 +20,9 @@ from moejax.moe.balance import router_views
 from moejax.moe.jitter import Jitter
 from moejax.moe.layer import MoEDetails
 from moejax.moe.losses import LossSettings, router_losses, weighted_sum
+from moejax.moe.usage import dropped_pairs, entropy_sums, pairs_by_expert
 from moejax.named_function import named_function
-from moejax.sharding import pad_axis, place
+from moejax.sharding import place
 from moejax.training.batch import NO_TARGET, Batch
 from moejax.training.cross_entropy import cross_entropy
 from moejax.training.state import decoder_of
@@ -122,15 +123,15 @@ class Gradients:
         nats = next_token_loss(decoder, states[-1], batch, self.lie, targets)
         losses = self._router_losses(details, batch, earlier)
         losses = {name: loss / parts for name, loss in losses.items()}
-        real, sparse = batch.segments > 0, [d for d in details if d is not None]
+        real = batch.segments > 0
         return nats + weighted_sum(losses, self.settings.losses), Seen(
             nats=nats,
             balance=losses["balance"],
             z=losses["z"],
-            tokens_per_expert=_stacked([d.accounting.tokens_per_expert for d in sparse]),
-            entropy=jnp.stack([_entropy(d.router_logits, real) for d in sparse]),
+            tokens_per_expert=pairs_by_expert(details),
+            entropy=entropy_sums(details, real),
             tokens=real.sum(dtype=jnp.int32),
-            dropped=sum((d.accounting.dropped for d in sparse), jnp.int32(0)),
+            dropped=dropped_pairs(details),
             broken=jnp.stack([~jnp.isfinite(x).all() for x in states[1:]]),
         )
 
@@ -168,18 +169,6 @@ def next_token_loss(
     weights = hits / jnp.maximum(targets, 1).astype(jnp.float32)
     head, bias = decoder.head()
     return cross_entropy(x, head, bias, batch.targets, weights, decoder.config, lie.stream)
-
-
-def _entropy(logits: Float[Array, "B S E"], real: Bool[Array, "B S"]) -> Float[Array, ""]:
-    """Summed over real tokens."""
-    log_p = jax.nn.log_softmax(lax.stop_gradient(logits))
-    return -jnp.where(real[..., None], jnp.exp(log_p) * log_p, 0.0).sum()
-
-
-def _stacked(counts: list[Int[Array, " E"]]) -> Int[Array, "L E"]:
-    """Layers of fewer experts than others filled up with experts that no token goes to."""
-    most = max(c.size for c in counts)
-    return jnp.stack([pad_axis(c, 0, most) for c in counts])
 
 
 def _plus(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -23,17 +23,17 @@ class DivergedError(Exception):
 
 
 class Batches(Iterator[Batch], Protocol):
-    """This process' rows of one batch after another, and where in the data they are."""
+    """This process' rows of one batch after another, and where in the data the next one is, as JSON."""
 
     def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Saves(Protocol):
     """Keeps a state under its step; returns when the state may be consumed."""
 
-    def __call__(self, step: int, state: TrainState, *, data_state: Mapping[str, Any], score: float | None) -> None: ...
+    def __call__(
+        self, step: int, state: TrainState, /, *, data_state: Mapping[str, Any], score: float | None
+    ) -> None: ...
 
 
 class Watcher(Protocol):
@@ -154,13 +154,13 @@ class Loop:
 
     def _read(self, step: int, metrics: StepMetrics) -> Record:
         """Waits for a step's results, and counts them."""
-        m: StepMetrics = jax.tree.map(distributed.replicated_to_host, metrics)
+        m: Any = jax.tree.map(distributed.replicated_to_host, metrics)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         progress = self.progress
         # optax mixes weak and strong types, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            rate = float(self.rate(step - 1 - progress.skipped))
+            rate: Any = self.rate(step - 1 - progress.skipped)
         progress.step = step
         progress.tokens += int(m.targets)
         if m.finite:
@@ -175,7 +175,7 @@ class Loop:
             "tokens_per_s": int(m.targets) / seconds,
             "tokens": progress.tokens,
             "seconds": seconds,
-            "learning_rate": rate,
+            "learning_rate": float(rate),
             "grad_norm": float(m.grad_norm),
             "balance_loss": float(m.balance_loss),
             "z_loss": float(m.z_loss),

@@ -48,7 +48,13 @@ class Placing:
         shape = (self.parts, self.lie.rows, rows.shape[-1])
         if (missing := self.lie.rows - own * count) > 0:
             parts = np.pad(parts, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
-        return jax.make_array_from_callback(shape, self._sharding, lambda at: parts[:, _shifted(at[1], -first)])
+
+        def part_of(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[1].indices(self.lie.rows)
+            return parts[:, start - first : stop - first]
+
+        return jax.make_array_from_callback(shape, self._sharding, part_of)
 
     @property
     def _sharding(self) -> NamedSharding:
@@ -64,8 +70,5 @@ class Placing:
             own * device.process_index <= at[1].indices(self.lie.rows)[0]
             and at[1].indices(self.lie.rows)[1] <= own * (device.process_index + 1)
             for device, at in where.items()
+            if at is not None
         )
-
-
-def _shifted(part: slice, by: int) -> slice:
-    return part if part == slice(None) else slice(part.start + by, part.stop + by)

@@ -44,7 +44,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files with every record's numbers; lists are left out."""
+    """Event files with the numbers of every record; lists are left out, and what is not finite."""
 
     def __init__(self, folder: Path, after: int) -> None:
         """What the folder has of steps beyond `after`, TensorBoard no longer shows."""
@@ -54,7 +54,7 @@ class TensorBoard:
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)):
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
@@ -85,8 +86,8 @@ class TrainStep:
         if (limit := self.settings.clip) is not None:
             scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
             gradients = {role: g * scale for role, g in gradients.items()}
-        updated = self._updated(state, gradients, seen.tokens_per_expert)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        # Not a choice between old and new arrays, for which the compiler would keep copies of the whole state.
+        new = lax.cond(finite, self._updated, lambda state, *_: state, state, gradients, seen.tokens_per_expert)
         metrics = StepMetrics(
             loss=seen.nats,
             balance_loss=seen.balance,

@@ -1,5 +1,6 @@
 """Ending a run when it is asked to, at the end of the running step and on every process at the same one."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._noted: int | None = None
-        self._inner, self._outer = socket.socketpair()
+        self._left = contextlib.ExitStack()
 
     @property
     def noted(self) -> int | None:
@@ -29,32 +30,33 @@ class StopRequest:
         return self._noted
 
     def __enter__(self) -> "StopRequest":
-        self._listening = threading.current_thread() is threading.main_thread()
-        if self._listening:
-            self._outer.setblocking(False)
-            self._before = [signal.signal(number, lambda *_: None) for number in SIGNALS]
-            self._wakeup = signal.set_wakeup_fd(self._outer.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, daemon=True).start()
+        # Python lets no other thread have handlers.
+        if threading.current_thread() is threading.main_thread():
+            inner, outer = socket.socketpair()
+            listener = threading.Thread(target=self._listen, args=(inner,), daemon=True)
+            listener.start()
+            self._left.callback(listener.join)
+            self._left.callback(outer.close)
+            outer.setblocking(False)
+            self._left.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(outer.fileno(), warn_on_full_buffer=False))
+            for number in SIGNALS:
+                self._left.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._listening:
-            signal.set_wakeup_fd(self._wakeup)
-            for number, handler in zip(SIGNALS, self._before, strict=True):
-                signal.signal(number, handler)
-        self._outer.close()
+        self._left.close()
 
-    def _listen(self) -> None:
-        while received := self._inner.recv(1):
-            number = received[0]
-            if number not in SIGNALS:
-                continue
-            if self._noted is not None:
-                os._exit(128 + number)
-            self._noted = number
-            name = signal.Signals(number).name
-            print(f"{name}: saving at the end of this step; once more ends at once", file=sys.stderr, flush=True)
-        self._inner.close()
+    def _listen(self, inner: socket.socket) -> None:
+        with inner:
+            while received := inner.recv(1):
+                number = received[0]
+                if number not in SIGNALS:
+                    continue
+                if self._noted is not None:
+                    os._exit(128 + number)
+                self._noted = number
+                name = signal.Signals(number).name
+                print(f"{name}: saving at the end of this step; once more ends at once", file=sys.stderr, flush=True)
 
 
 class CommonStop:
