@@ -96,8 +96,8 @@ class Drill:
             assert (f"after step {before[-1]}" if before else "has no save yet") in log
         done = max([record["step"] for record in self.records(run)], default=0)
         newest = max(self.saved(run), default=0)
-        # The save before the one that may be under way is finished.
-        assert newest >= (done // self.every - 1) * self.every
+        # A save begins after the record of its step, and waits for the one before it.
+        assert newest >= ((done - 1) // self.every - 1) * self.every
         assert newest >= max(before, default=0)
         if newest:
             self.state(run, newest)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: exact on the same mesh and on others, whole or refused, and only those that are to be kept."""
 
+import errno
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import write_checkpoint
@@ -14,6 +16,7 @@ from tiny_configs import CONFIGS
 
 import moejax
 from moejax.errors import MoejaxError
+from moejax.run_checkpoints import sealing
 from moejax.run_checkpoints.checkpoints import Checkpoints
 from moejax.run_checkpoints.neutral import NeutralForm
 from moejax.run_checkpoints.stored import StoredState
@@ -99,6 +102,11 @@ def test_what_is_stored_is_of_no_mesh(saved, folder, mesh):
     }.items()
     assert len(stored.arrays) == len(alone["params"]) + len(leaves) + 1
     assert stored.arrays["optimizer.1.0.mu.embed"].shape == (RAW["vocab_size"], RAW["hidden_size"])
+    plain = ocp.PyTreeCheckpointer().restore(
+        saved / "5" / "state", restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored.arrays}
+    )
+    for role, parameter in alone["params"].items():
+        np.testing.assert_array_equal(plain[f"params.{role}"], parameter)
 
 
 def test_a_form_that_is_neutral_already_costs_nothing(tmp_path, mesh):
@@ -153,6 +161,26 @@ def test_what_an_interrupted_save_left_is_no_checkpoint_and_goes(saved, tmp_path
     with Checkpoints(target) as checkpoints:
         assert checkpoints.latest() == 5
     assert [path.name for path in target.iterdir()] == ["5"]
+
+
+def test_a_save_that_fails_is_told_and_leaves_the_one_before(folder, mesh, tmp_path, monkeypatch):
+    one = mesh("ep=1,tp=1")
+    config, state = state_on(folder, one)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, config, one)
+    checkpoints.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sealing, "seal", full)
+    checkpoints.save(2, state, config, one)
+    with pytest.raises(MoejaxError, match=f"cannot keep checkpoints in {tmp_path}: No space left on device; make room"):
+        checkpoints.close()
+    assert kept(tmp_path) == [1]
+    with Checkpoints(tmp_path) as again:
+        assert again.latest() == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_damaged_checkpoint_is_refused(saved, tmp_path):

@@ -155,7 +155,8 @@ def _told(folder: Path) -> Iterator[None]:
     except MoejaxError:
         raise
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        # tensorstore names all that it was about before the cause.
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split()).rpartition(": ")[2]
         raise MoejaxError(
             f"cannot keep checkpoints in {folder}: {reason}; make room or name another folder, and resume"
         ) from error
