@@ -95,6 +95,15 @@ def test_dtype_is_that_of_the_weights_and_of_the_config(run, tmp_path, capsys):
     assert moejax.load(tmp_path / "hf").parameters()["embed"].dtype == jnp.float32
 
 
+def test_the_example_in_the_help_runs(tmp_path, capsys):
+    assert convert.main(["--help"]) == 0
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:2] == ["moejax", "convert"]
+    assert convert.main([str(tmp_path / "run") if "/" in word else word for word in words[2:]]) == 0
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    assert_same_tensors(tmp_path / "hf", Path(moejax.__file__).parent / "demo")
+
+
 def test_mistakes_are_one_line_and_leave_nothing(run, mixed, tmp_path, capsys):
     def refused(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))
