@@ -107,7 +107,7 @@ def _train(args: argparse.Namespace) -> int:
             with live, StopRequest() as request:
                 number = loop.run(until, CommonStop(request))
         except DivergedError as error:
-            log(f"error: {error}; the last save is from before that: lower optimizer.lr or clip, and resume")
+            log(f"error: {error}; go back to the last save with --resume, with a lower optimizer.lr or optimizer.clip")
             return 1
     _tell(args, folder, loop, live, number)
     return 0 if number is None else 128 + number
