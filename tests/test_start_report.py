@@ -103,9 +103,7 @@ def test_bytes_for_people(count: float, text: str):
     assert human_bytes(count) == text
 
 
-def test_before_training_the_report_counts_weights_and_optimizer(
-    folder: Path, mesh: Callable[[str], jax.sharding.Mesh]
-):
+def test_before_training_it_counts_weights_and_optimizer(folder: Path, mesh: Callable[[str], jax.sharding.Mesh]):
     model = load(folder, mesh=mesh("ep=4,tp=2"))
     state = [*model.parameters().items()] * 3
     lines = training_lines(model, 16, 2, state)

@@ -295,3 +295,9 @@ def test_a_folder_with_a_run_is_not_taken_for_another(argv, message, files, whol
 def test_help_names_the_signals(capsys):
     assert train.main(["--help"]) == 0
     assert "SIGTERM" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "_EXTRA", ("optax", "no_such_library"))
+    assert main(["train", "--run", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == 'error: train needs no_such_library; pip install "moejax[train]"\n'

@@ -80,7 +80,6 @@ class Loop:
       watcher: live progress.
       flops: of one step, for the MFU.
       progress: how far the run is.
-      last: the last record.
     """
 
     recipe: Recipe
@@ -95,7 +94,6 @@ class Loop:
     watcher: Watcher
     flops: float
     progress: Progress = field(default_factory=Progress)
-    last: Record = field(default_factory=dict)
     _saved: int = 0
     _clock: float = 0.0
 
@@ -186,7 +184,6 @@ class Loop:
         if not m.finite:
             record["bad_layer"] = int(m.bad_layer)
         record |= router_record(self.step.config, m.tokens_per_expert, m.router_entropy)
-        self.last = record
         return record
 
     def _write(self, record: Record) -> None:
