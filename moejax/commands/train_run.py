@@ -54,9 +54,7 @@ def train(args: argparse.Namespace) -> int:
     for line in _report(start, recipe, mesh):
         log(line)
     if until > recipe.steps:
-        log(
-            f"schedule  of {recipe.steps} steps; after them the learning rate stays where it ends, --set steps=N stretches it"
-        )
+        log(f"schedule  of {recipe.steps} steps, after which the learning rate stays; --set steps={until} stretches it")
     live = LiveProgress(console, (resume or 0) + 1, until)
     with open_run(folder, recipe, start, mesh, resume, live, LoadingBar) as loop:
         try:
