@@ -43,6 +43,19 @@ data = ["alice.txt"]
 WORDS = "the king said that his house stood by the sea and all the people came to see it".split()
 
 
+OWN_FUNCTIONS = """
+import jax.numpy as jnp
+from moejax import Routing
+
+def seven(views):
+    return jnp.float32(7)
+
+def last_experts(logits):
+    experts = jnp.broadcast_to(jnp.array([6, 7], jnp.int32), (*logits.shape[:-1], 2))
+    return Routing(weights=jnp.full(experts.shape, 0.5, jnp.float32), experts=experts)
+"""
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A recipe, a model folder with the demo's tokenizer, and two small files of text."""
@@ -157,6 +170,19 @@ def test_a_signal_saves_and_the_run_goes_on_on_another_mesh(files, whole, tmp_pa
     compare(run, whole)
 
 
+@pytest.mark.multihost
+@pytest.mark.parametrize("spec", ["ep=2,tp=1", pytest.param("ep=1,tp=2", marks=pytest.mark.slow)])
+def test_two_processes_read_their_shares_and_take_the_same_steps(spec, files, whole, tmp_path, run_processes):
+    """Also where all devices need all rows, so that the processes exchange what they have read."""
+    run = tmp_path / "run"
+    argv = ["--config", str(files / "recipe.toml"), "--run", str(run), "--mesh", spec, "--steps", "10", "--json"]
+    results = run_processes(2, ["-m", "moejax.train", *argv])
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    assert json.loads(results[0].stdout)["step"] == 10
+    assert results[1].stdout == ""
+    compare(run, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["ep=4,tp=2", "ep=2,tp=4", "ep=8,tp=1"])
 def test_every_mesh_goes_on_to_the_bit_and_takes_the_same_steps(spec, files, whole, tmp_path):
@@ -181,18 +207,24 @@ def test_a_layer_whose_weights_are_not_finite_is_named_and_ends_the_run(files, t
     assert trained(files, run, "--mesh", "ep=1,tp=1", "--model", str(model), *data) == 1
     said = capsys.readouterr().err.splitlines()
     what = "the loss or a gradient is not finite, first in layer 1"
-    assert f"step 1: {what}; its update is skipped (1 of 3 in a row)" in said[4]
+    assert f"step 1: {what}; its update is skipped (1 of 3 in a row)" in said[5]
     assert f"error: step 3: {what}" in said[-1]
     records = read_records(run / "metrics.jsonl")
-    assert [(record["loss"], record["skipped"]) for record in records] == [(None, 1), (None, 2)]
+    assert [(record["loss"], record["skipped"]) for record in records] == [(None, 1), (None, 2), (None, 3)]
+    assert [record["bad_layer"] for record in records] == [1, 1, 1]
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_weights_of_a_folder_are_what_training_begins_with(files, tmp_path):
-    """The first loss is that of the loaded model on the first batch."""
+def test_weights_of_a_folder_are_what_training_begins_with(files, tmp_path, monkeypatch):
+    """The first loss is that of the loaded model on the first batch; router and balance loss may be anybody's."""
     run = tmp_path / "run"
-    data = ("--data", str(files / "alice.txt"))
-    assert trained(files, run, "--mesh", "ep=1,tp=1", "--model", str(files / "model"), *data, "--steps", "2") == 0
+    (tmp_path / "own_functions.py").write_text(OWN_FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("--set", "losses.balance=own_functions:seven", "--set", "losses.router=own_functions:last_experts")
+    argv = ("--model", str(files / "model"), "--data", str(files / "alice.txt"), "--steps", "2", "--mesh", "ep=1,tp=1")
+    assert trained(files, run, *argv, *own, "--set", "eval.every=1", "--json") == 0
+    from own_functions import last_experts
+
     from moejax.data.encoder import DocumentEncoder
     from moejax.data.pipeline import TrainingData
     from moejax.data.sources import Source
@@ -202,10 +234,13 @@ def test_weights_of_a_folder_are_what_training_begins_with(files, tmp_path):
     reading = TrainingData([source], encoder, batch=8, length=16, seed=0, cache=run / "cache")
     batch = next(reading)
     reading.close()
-    model = moejax.load(files / "model", mesh=moejax.make_mesh("ep=1,tp=1"))
+    model = moejax.load(files / "model", mesh=moejax.make_mesh("ep=1,tp=1"), router=last_experts)
     log_p = jax.nn.log_softmax(model(batch.tokens, segment_ids=batch.segments))
     chosen = np.take_along_axis(np.asarray(log_p), np.maximum(batch.targets, 0)[..., None], -1)[..., 0]
     assert losses(run)[1] == pytest.approx(-chosen[batch.targets >= 0].mean(), rel=1e-5)
+    first, _ = read_records(run / "metrics.jsonl")
+    assert first["balance_loss"] == 7.0
+    assert first["router/load/layer_01"] == first["eval/router/load/alice/layer_01"] == [0, 0, 0, 0, 0, 0, 0.5, 0.5]
     assert (run / "model" / "tokenizer.json").is_file()
     assert json.loads((run / "model" / "config.json").read_text())["num_local_experts"] == 8
 
@@ -260,3 +295,9 @@ def test_a_folder_with_a_run_is_not_taken_for_another(argv, message, files, whol
 def test_help_names_the_signals(capsys):
     assert train.main(["--help"]) == 0
     assert "SIGTERM" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "_EXTRA", ("optax", "no_such_library"))
+    assert main(["train", "--run", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == 'error: train needs no_such_library; pip install "moejax[train]"\n'

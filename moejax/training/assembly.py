@@ -106,7 +106,8 @@ def find_files(recipe: Recipe) -> None:
     for path in map(recipe.data.find, paths):
         if not Path(path).expanduser().is_file():
             raise MoejaxError(
-                f"there is no file {path}; data.root and the paths of the recipe start at the current folder"
+                f"there is no file {path}; the recipe's paths start at data.root, and that at the current folder: name "
+                "another with --set data.root=FOLDER"
             )
 
 
