@@ -20,7 +20,7 @@ from moejax.run_checkpoints.stored import StoredState, saved_steps
 from moejax.training.sinks import read_records
 
 # 6 experts of width 19, 6 heads on 1 key/value head, an odd vocabulary: no mesh divides them.
-RAW = CONFIGS["qwen3_yarn"] | {"num_hidden_layers": 2, "vocab_size": 4099}
+RAW = CONFIGS["qwen3_yarn"] | {"num_hidden_layers": 1, "mlp_only_layers": [], "vocab_size": 4099}
 RECIPE = """
 steps = 200
 dtype = "float32"
