@@ -41,6 +41,7 @@ def inputs(shape, dtype):
     shapes = ((rows, length, heads, width), (rows, groups, room, width), (rows, groups, room, value), (heads,))
     return [normal(rng, *s).astype(dtype) for s in shapes]
 
+
 # What real models bring: grouped heads with sinks, latent attention written out and over latents.
 PROGRAMS = {
     "prefill": (1, 8192, 8192, 16, 4, 128, 128),

@@ -16,6 +16,7 @@ from moejax.kernels.attention.sight import visible
 from moejax.nn.attend import attend_places
 from moejax.planning.topologies import h100_mesh
 
+
 @pytest.mark.parametrize(("shape", "rule"), CASES)
 def test_equals_all_scores_at_once(shape, rule):
     queries, keys = sight(SHAPES[shape], rule)

@@ -18,7 +18,7 @@ from grouped_cases import CASES, check
 from moe_cases import normal, relative
 from where import PLATFORM
 
-from moejax.kernels import cuda, triton
+from moejax.kernels import cuda, hopper, triton
 from moejax.kernels.attention import triton as attention
 from moejax.kernels.attention.reference import attend
 from moejax.kernels.attention.sight import visible
@@ -34,21 +34,24 @@ pytestmark = [
 ]
 
 BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 2**-8, jnp.float16: 2**-10}
-SIXTEEN = [jnp.bfloat16, jnp.float16]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [(40, 72), (96, 160), (512, 256)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((40, 72), jnp.float32),
+        ((512, 256), jnp.float32),
+        ((40, 72), jnp.bfloat16),
+        ((512, 256), jnp.bfloat16),
+        ((96, 160), jnp.float16),
+    ],
+)
+@pytest.mark.parametrize("kernels", [triton, hopper], ids=["triton", "hopper"])
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
-def test_grouped_products(rows, sizes, shape, dtype):
-    """On Hopper all 16-bit ones but those of the first shape are the Hopper kernel's where it is chosen."""
-    check(cuda.products, cuda.weight_gradient, rows, sizes, shape=shape, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize(("rows", "sizes"), CASES)
-def test_triton_products(rows, sizes, dtype):
-    check(triton.products, triton.weight_gradient, rows, sizes, shape=(96, 160), dtype=dtype)
+def test_grouped_products(rows, sizes, kernels, shape, dtype):
+    if kernels is hopper and (dtype == jnp.float32 or shape[0] % 32):
+        pytest.skip("not for the Hopper kernel")
+    check(kernels.products, getattr(kernels, "weight_gradient", None), rows, sizes, shape=shape, dtype=dtype)
 
 
 LARGE = {  # rows, rows of each group, inner and outer width
@@ -143,11 +146,13 @@ WIDE = {  # what real models bring: grouped heads, decoding over a long cache, l
     "latent prefill": (1, 1024, 1024, 4, 4, 192, 128),
     "latent decode": (4, 1, 2048, 128, 1, 576, 576),
 }
-RULES = [*ATTEND, *((name, {"window": 500, "sinks": True}) for name in WIDE), *((name, {}) for name in WIDE)]
+ATTENTION = [(name, rule, dtype) for name, rule in ATTEND for dtype in (jnp.float32, jnp.bfloat16)]
+ATTENTION += [(name, {}, dtype) for name in WIDE for dtype in (jnp.float32, jnp.bfloat16)]
+ATTENTION += [(name, {"window": 500, "sinks": True}, jnp.bfloat16) for name in WIDE]
+ATTENTION += [("prefill", {}, jnp.float16)]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize(("name", "rule"), RULES)
+@pytest.mark.parametrize(("name", "rule", "dtype"), ATTENTION)
 def test_attention(name, rule, dtype):
     shape = {**SHAPES, **WIDE}[name]
     queries, keys = sight(shape, rule)

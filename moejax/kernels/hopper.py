@@ -59,13 +59,20 @@ def products(
         x,
         w,
         group_sizes=group_sizes,
-        block_m=128 if rows >= 128 * w.shape[0] else 64,
-        block_n=128 if width % 64 == 0 else 96,
-        block_k=next(size for size in (64, 96, 32) if depth % size == 0),
-        max_concurrent_steps=4,
-        grid_block_n=8,
         transpose_rhs=transposed,
+        **_blocks(rows, w.shape[0], depth, width),
     )
     # The kernel leaves the rows past the last group as they were in memory.
     mine = (jnp.arange(rows) < group_sizes.sum())[:, None]
     return jnp.where(mine, varying_as(y, x)[:rows], jnp.zeros((), y.dtype))
+
+
+def _blocks(rows: int, groups: int, depth: int, width: int) -> dict[str, int]:
+    """The kernel's tile: rows, columns, and entries summed over at a time, with the loads of these under way at once."""
+    return {
+        "block_m": 128 if rows >= 128 * groups else 64,
+        "block_n": 128 if width % 64 == 0 else 96,
+        "block_k": next(size for size in (64, 96, 32) if depth % size == 0),
+        "max_concurrent_steps": 4,
+        "grid_block_n": 8,
+    }

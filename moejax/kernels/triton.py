@@ -23,11 +23,15 @@ from moejax.sharding import varying_as
 
 
 class _Tile(NamedTuple):
-    """One program's rows and columns of the result, and the entries it sums over at a time: all powers of two."""
+    """One program's rows and columns of the result, and the entries it sums over at a time, all powers of two; its
+    warps, and the loads under way at once."""
 
     rows: int
     columns: int
     inner: int
+    warps: int = 4
+    stages: int = 3
+    band: int = 8
 
 
 # Compiled apart, so that the layers of a model share one trace.
@@ -71,9 +75,10 @@ def products(
     )
     return _call(
         kernel,
-        (table.shape[1], pl.cdiv(width, tile.columns)),
+        (table.shape[1] * pl.cdiv(width, tile.columns),),
         (rows, width),
         out_dtype,
+        tile,
         interpret,
         table,
         x,
@@ -100,25 +105,31 @@ def weight_gradient(
     kernel = functools.partial(_gradient_kernel, depth=depth, width=width, tile=tile)
     grid = (groups, pl.cdiv(depth, tile.rows), pl.cdiv(width, tile.columns))
     bounds = jnp.stack([ends - group_sizes, ends])
-    return _call(kernel, grid, (groups, depth, width), out_dtype, interpret, bounds, x, dy)
+    return _call(kernel, grid, (groups, depth, width), out_dtype, tile, interpret, bounds, x, dy)
 
 
 def _call(
-    kernel, grid: tuple[int, ...], shape: tuple[int, ...], dtype: DTypeLike, interpret: bool, *operands: jax.Array
+    kernel,
+    grid: tuple[int, ...],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    tile: _Tile,
+    interpret: bool,
+    *operands: jax.Array,
 ) -> jax.Array:
     operands = tuple(varying_as(operand, *operands) for operand in operands)
     out = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operands[0]).manual_axis_type)
     # Named, since without it Pallas on a GPU means another compiler.
-    params = plt.CompilerParams(num_warps=4, num_stages=3)
+    params = plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     return pl.pallas_call(kernel, out, grid=grid, compiler_params=params, interpret=interpret)(*operands)
 
 
 def _product_kernel(tiles_ref, x_ref, *refs, groups: int, depth: int, width: int, tile: _Tile, load_weights) -> None:
     *w_refs, out_ref = refs
-    i = pl.program_id(0)
+    i, j = _place(pl.program_id(0), tiles_ref.shape[1], pl.cdiv(width, tile.columns), tile.band)
     group, start, end = tiles_ref[0, i], tiles_ref[1, i], tiles_ref[2, i]
     rows = start + _range(tile.rows)
-    columns = pl.program_id(1) * tile.columns + _range(tile.columns)
+    columns = j * tile.columns + _range(tile.columns)
     mine = rows < end
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
@@ -130,6 +141,17 @@ def _product_kernel(tiles_ref, x_ref, *refs, groups: int, depth: int, width: int
     steps = lax.select(group < groups, jnp.int32(pl.cdiv(depth, tile.inner)), jnp.int32(0))
     total = lax.fori_loop(0, steps, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     _store(out_ref.at[rows[:, None], columns[None, :]], total, mine, columns < width)
+
+
+def _place(program: jax.Array, down: int, across: int, band: int) -> tuple[jax.Array, jax.Array]:
+    """A program's tile of `down` by `across`: bands of rows one after the other, columns of tiles in a band.
+
+    So programs that run at the same time share rows of x and columns of w, which the cache then holds.
+    """
+    first = lax.div(program, jnp.int32(band * across)) * band
+    within = lax.rem(program, jnp.int32(band * across))
+    height = jnp.minimum(jnp.int32(band), down - first)
+    return first + lax.rem(within, height), lax.div(within, height)
 
 
 def _gradient_kernel(bounds_ref, x_ref, dy_ref, out_ref, *, depth: int, width: int, tile: _Tile) -> None:
