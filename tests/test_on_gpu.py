@@ -18,7 +18,7 @@ from grouped_cases import CASES, check
 from moe_cases import normal, relative
 from where import PLATFORM
 
-from moejax.kernels import cuda, hopper, triton
+from moejax.kernels import cuda, triton
 from moejax.kernels.attention import triton as attention
 from moejax.kernels.attention.reference import attend
 from moejax.kernels.attention.sight import visible
@@ -46,12 +46,9 @@ BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 2**-8, jnp.float16: 2**-10}
         ((96, 160), jnp.float16),
     ],
 )
-@pytest.mark.parametrize("kernels", [triton, hopper], ids=["triton", "hopper"])
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
-def test_grouped_products(rows, sizes, kernels, shape, dtype):
-    if kernels is hopper and (dtype == jnp.float32 or shape[0] % 32):
-        pytest.skip("not for the Hopper kernel")
-    check(kernels.products, getattr(kernels, "weight_gradient", None), rows, sizes, shape=shape, dtype=dtype)
+def test_grouped_products(rows, sizes, shape, dtype):
+    check(cuda.products, cuda.weight_gradient, rows, sizes, shape=shape, dtype=dtype)
 
 
 LARGE = {  # rows, rows of each group, inner and outer width

@@ -118,6 +118,8 @@ class Engine:
         return self._to_host(drawn)
 
     def _to_host(self, drawn: Drawn) -> tuple[np.ndarray, np.ndarray | None, int]:
+        for array in jax.tree.leaves(drawn):  # a device's copies, each of which takes a while to begin
+            array.copy_to_host_async()
         count = int(replicated_to_host(drawn.count))
         tokens, logprobs = (
             None if a is None else replicated_to_host(a)[:count, : self._batch] for a in (drawn.tokens, drawn.logprobs)

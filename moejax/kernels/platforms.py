@@ -3,7 +3,7 @@
 | platform | groups known at run time                                         | one group (a linear layer)     |
 |----------|------------------------------------------------------------------|--------------------------------|
 | CPU      | `native` in f32 and bf16, packed or not                          | `native` in f32 and bf16       |
-| CUDA     | `hopper` on those cards in 16 bits, else `triton`, packed or not | XLA (cuBLAS and Triton)        |
+| CUDA     | `triton` (from Ampere on), packed or not                         | XLA (cuBLAS and Triton)        |
 | TPU      | `tpu` (megablox) in f32 and bf16                                 | XLA                            |
 | others   | `tile_loop`                                                      | XLA                            |
 

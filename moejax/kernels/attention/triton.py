@@ -28,11 +28,13 @@ PROGRAMS = 256
 
 
 class _Tile(NamedTuple):
-    """One program's queries, heads of each, and keys at a time."""
+    """One program's queries, heads of each, and keys at a time; its warps of 32 threads, and loads under way at once."""
 
     queries: int
     heads: int
     keys: int
+    warps: int
+    stages: int
 
     @property
     def rows(self) -> int:
@@ -74,7 +76,7 @@ def forward(
         ],
         grid=(*programs, shares),
         # Named, since without it Pallas on a GPU means another compiler.
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
     )(spans, q, k, v, sinks, *vectors)
     return _joined(out, logs, v.dtype)
@@ -84,7 +86,7 @@ def _tile(length: int, sharing: int, width: int) -> _Tile:
     """As many rows as leave room for wide heads."""
     rows = 64 if width <= 256 else 16
     heads = min(sharing, rows)
-    return _Tile(min(length, rows // heads), heads, 64 if width <= 128 else 32)
+    return _Tile(min(length, rows // heads), heads, 64 if width <= 128 else 32, 4, 2)
 
 
 def _shares(programs: int, blocks: int) -> int:
