@@ -33,7 +33,7 @@ class LanguageModel:
       generation_config: generation_config.json, or {}.
       tokenizer: None where the folder has no tokenizer.json.
       left_out: parts of the checkpoint that are not of the decoder, by name.
-      programs: compiled generation steps by shape, kept for later calls.
+      programs: compiled generation steps, by the decoder's structure and then by shape, kept for later calls.
     """
 
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices (or `where`) and strict dtype promotion for all tests, and fixtures that start processes."""
+"""Eight virtual CPU devices (or `where`) and strict dtype promotion for all tests, fixtures that start processes."""
 
 import os
 import signal

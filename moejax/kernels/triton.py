@@ -75,7 +75,8 @@ def products(
         return jnp.zeros((0, width), out_dtype)
     packed = isinstance(w, PackedMatrix)
     tile = _packed_tile(rows, groups) if packed else _tile(rows, groups, x.dtype, roomy)
-    table = _tiles(group_sizes, rows, tile.rows)
+    table = _tiles(group_sizes, rows, tile.rows, interpret)
+    down, across = _tile_count(rows, groups, tile.rows), pl.cdiv(width, tile.columns)
     options: dict[str, Any] = {"depth": depth, "width": width, "tile": tile}
     if not packed:
         operands, term = (x, w), functools.partial(_dense_term, transposed=transposed, group_axis=group_axis, **options)
@@ -85,9 +86,9 @@ def products(
         # The earlier and the later of two values that share a byte, each side by side.
         pairs = jnp.moveaxis(x.reshape(rows, -1, 2), 2, 0)
         operands, term = (pairs, w.blocks, w.scales), functools.partial(_packed_term, **options)
-    kernel = functools.partial(_product_kernel, groups=groups, term=term, **options)
-    grid = (table.shape[1] * pl.cdiv(width, tile.columns),)
-    return _call(kernel, grid, (rows, width), out_dtype, tile, interpret, table, *operands)
+    kernel = functools.partial(_product_kernel, groups=groups, down=down, term=term, **options)
+    shape, resources = (rows, width), (tile.warps, tile.stages)
+    return _call(kernel, (down * across,), shape, out_dtype, *resources, interpret, table, *operands)
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "out_dtype", "roomy", "interpret"))
@@ -113,7 +114,8 @@ def weight_gradient(
     kernel = functools.partial(_gradient_kernel, depth=depth, width=width, tile=tile)
     grid = (groups, pl.cdiv(depth, tile.rows), pl.cdiv(width, tile.columns))
     bounds = jnp.stack([ends - group_sizes, ends])
-    return _call(kernel, grid, (groups, depth, width), out_dtype, tile, interpret, bounds, x, dy)
+    shape, resources = (groups, depth, width), (tile.warps, tile.stages)
+    return _call(kernel, grid, shape, out_dtype, *resources, interpret, bounds, x, dy)
 
 
 def _call(
@@ -121,20 +123,21 @@ def _call(
     grid: tuple[int, ...],
     shape: tuple[int, ...],
     dtype: DTypeLike,
-    tile: _Tile,
+    warps: int,
+    stages: int,
     interpret: bool,
     *operands: jax.Array,
 ) -> jax.Array:
     operands = tuple(varying_as(operand, *operands) for operand in operands)
     out = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operands[0]).manual_axis_type)
     # Named, since without it Pallas on a GPU means another compiler.
-    params = plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+    params = plt.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(kernel, out, grid=grid, compiler_params=params, interpret=interpret)(*operands)
 
 
-def _product_kernel(tiles_ref, *refs, groups: int, depth: int, width: int, tile: _Tile, term) -> None:
+def _product_kernel(tiles_ref, *refs, groups: int, down: int, depth: int, width: int, tile: _Tile, term) -> None:
     *operands, out_ref = refs
-    i, j = _place(pl.program_id(0), tiles_ref.shape[1], pl.cdiv(width, tile.columns))
+    i, j = _place(pl.program_id(0), down, pl.cdiv(width, tile.columns))
     group, start, end = tiles_ref[0, i], tiles_ref[1, i], tiles_ref[2, i]
     rows = start + _range(tile.rows)
     columns = j * tile.columns + _range(tile.columns)
@@ -200,7 +203,8 @@ def _packed_term(refs, group, rows, mine, step, columns, depth: int, width: int,
 
     def product(place: int, code: jax.Array) -> jax.Array:
         w = _values(code, scale[:, :, None], pairs_ref.dtype).reshape(tile.columns, tile.inner // 2)
-        return _dot(_load(pairs_ref.at[place], rows, half, mine, half < depth // 2), w.T)
+        mask = mine[:, None] & (half < depth // 2)[None, :]
+        return _dot(plt.load(pairs_ref.at[place, rows[:, None], half[None, :]], mask=mask, other=0), w.T)
 
     return product(0, byte & jnp.uint32(15)) + product(1, byte >> jnp.uint32(4))
 
@@ -262,16 +266,41 @@ def _packed_tile(rows: int, groups: int) -> _Tile:
     return _Tile(max(16, min(128, pl.next_power_of_2(pl.cdiv(rows, groups)))), 64, 128, 4, 3)
 
 
-def _tiles(group_sizes: jax.Array, rows: int, tile_rows: int) -> Int[Array, "3 tiles"]:
-    """Of each tile of rows: its group, its first row, and one past its group's last row.
+def _tiles(group_sizes: jax.Array, rows: int, tile_rows: int, interpret: bool) -> Int[Array, "3 _"]:
+    """Of each of `_tile_count` tiles of rows: its group, its first row, and one past its group's last row.
 
-    The rows past the last group are one group more. As many tiles as any sizes need; what is left over has no rows.
+    The rows past the last group are one group more. As many tiles as any sizes need; what is left over has no rows. One
+    kernel, since XLA takes five, which cost a decode step as much as reading an expert.
     """
-    sizes = jnp.append(group_sizes, rows - group_sizes.sum())
-    ends = jnp.cumsum(sizes)
+    groups = group_sizes.size
+    kernel = functools.partial(_tiles_kernel, groups=groups, rows=rows, tile_rows=tile_rows)
+    programs = pl.cdiv(_tile_count(rows, groups, tile_rows), _AT_ONCE)
+    return _call(kernel, (programs,), (3, programs * _AT_ONCE), jnp.int32, 4, 1, interpret, group_sizes)
+
+
+_AT_ONCE = 16
+"""Tiles that one program looks up."""
+
+
+def _tile_count(rows: int, groups: int, tile_rows: int) -> int:
+    """The whole ones, and one that is not for each group with rows."""
+    return rows // tile_rows + min(groups + 1, rows)
+
+
+def _tiles_kernel(sizes_ref, out_ref, *, groups: int, rows: int, tile_rows: int) -> None:
+    group = _range(pl.next_power_of_2(groups + 1))
+    sizes = plt.load(sizes_ref.at[group], mask=group < groups, other=0)
+    sizes = jnp.where(group == groups, rows - jnp.sum(sizes), sizes)
     counts = lax.div(sizes + (tile_rows - 1), jnp.int32(tile_rows))
-    past = jnp.cumsum(counts)
-    tile = jnp.arange(rows // tile_rows + sizes.size, dtype=jnp.int32)
-    group = jnp.sum(past[:, None] <= tile, 0, dtype=jnp.int32)
-    start = (ends - sizes)[group] + (tile - (past - counts)[group]) * tile_rows
-    return jnp.stack([group, start, ends[group]])
+    ends, past = jnp.cumsum(sizes), jnp.cumsum(counts)
+    tile = pl.program_id(0) * _AT_ONCE + _range(_AT_ONCE)
+    before = (past[:, None] <= tile[None, :]) & (group <= groups)[:, None]
+    found = jnp.sum(before.astype(jnp.int32), 0)
+    mine = group[:, None] == found[None, :]
+
+    def of_group(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mine, values[:, None], 0), 0)
+
+    start = of_group(ends - sizes - (past - counts) * tile_rows) + tile * tile_rows
+    for row, values in enumerate((found, start, of_group(ends))):
+        plt.store(out_ref.at[row, tile], values)
