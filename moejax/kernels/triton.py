@@ -74,7 +74,7 @@ def products(
     if not rows:
         return jnp.zeros((0, width), out_dtype)
     packed = isinstance(w, PackedMatrix)
-    tile = _packed_tile(rows, groups) if packed else _tile(rows, groups, x.dtype, roomy)
+    tile = _packed_tile(rows, groups, x.dtype) if packed else _tile(rows, groups, x.dtype, roomy)
     table = _tiles(group_sizes, rows, tile.rows, interpret)
     down, across = _tile_count(rows, groups, tile.rows), pl.cdiv(width, tile.columns)
     options: dict[str, Any] = {"depth": depth, "width": width, "tile": tile}
@@ -261,9 +261,14 @@ def _tile(rows: int, groups: int, dtype: DTypeLike, roomy: bool) -> _Tile:
     return _Tile(128, 256, 64, 8, 3) if roomy else _Tile(128, 128, 64, 8, 3)
 
 
-def _packed_tile(rows: int, groups: int) -> _Tile:
+def _packed_tile(rows: int, groups: int, dtype: DTypeLike) -> _Tile:
     """The same for packed matrices, whose unpacking takes registers."""
-    return _Tile(max(16, min(128, pl.next_power_of_2(pl.cdiv(rows, groups)))), 64, 128, 4, 3)
+    height = max(16, pl.next_power_of_2(pl.cdiv(rows, groups)))
+    if height == 16:
+        return _Tile(16, 32, 128, 4, 4)
+    if height <= 64 or jnp.dtype(dtype) == jnp.float32:
+        return _Tile(min(height, 64), 64, 64, 4, 3)
+    return _Tile(128, 64, 128, 4, 2)
 
 
 def _tiles(group_sizes: jax.Array, rows: int, tile_rows: int, interpret: bool) -> Int[Array, "3 _"]:
