@@ -71,8 +71,7 @@ def test_marks_what_varies_in_shard_map(mesh):
     ],
 )
 def test_compiles_for_an_h100(dtype, rows, shape):
-    """One kernel each, one more that looks up tiles, and no array wider than the operands: no dense expansion, no gather
-    of weights."""
+    """A kernel each, and one that looks up tiles; no array wider than the operands: no dense expansion, no gather."""
     pytest.importorskip("jax_cuda12_plugin", reason="needs JAX's CUDA plugin")
     programs = compile_all(h100_mesh("ep=4,tp=2"), cuda, rows, shape, dtype)
     for program, kernels in zip(programs, (2, 2, 1), strict=True):
@@ -85,7 +84,7 @@ def test_compiles_for_an_h100(dtype, rows, shape):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_packed_matrices_compile_for_an_h100(dtype, transposed):
-    """The dense matrices never exist."""
+    """The dense matrices never exist; the rows may once more, the two values of each byte apart."""
     pytest.importorskip("jax_cuda12_plugin", reason="needs JAX's CUDA plugin")
     mesh, struct = h100_mesh("ep=4,tp=2"), jax.ShapeDtypeStruct
     w = PackedMatrix(struct((16, 1408, 32, 16), jnp.uint8), struct((16, 1408, 32), jnp.uint8))
@@ -96,4 +95,5 @@ def test_packed_matrices_compile_for_an_h100(dtype, transposed):
 
     mapped = jax.jit(jax.shard_map(product, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
     program = mapped.lower(x, w, struct((16,), jnp.int32)).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 8192
+    rows = 0 if transposed else 512 * 1024 * dtype(0).itemsize
+    assert program.memory_analysis().temp_size_in_bytes < 8192 + rows
