@@ -126,6 +126,21 @@ def barrier() -> None:
     _gather("barrier", "")
 
 
+def announce(what: str, value: str) -> None:
+    """Tells all processes once and for all; of several announcements of the same the first one counts."""
+    try:
+        _client().key_value_set(f"moejax/announced/{what}/value", value)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def announced(what: str) -> str | None:
+    """What was announced, or None if nothing was so far; does not wait."""
+    found = _client().key_value_dir_get(f"moejax/announced/{what}")
+    return found[0][1] if found else None
+
+
 def code_hash() -> str:
     """16 hex digits over the names and contents of the package's Python files."""
     root = Path(__file__).parent

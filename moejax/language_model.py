@@ -93,11 +93,16 @@ class LanguageModel:
         return {role_of(path): leaf[...] for path, leaf in nnx.to_flat_state(self.split()[1])}
 
     def put_rows(self, rows: np.ndarray, lie: Lie) -> jax.Array:
-        """A host array `[B, ...]` on the mesh, filled up with rows of zeros to `lie.rows` and cut as the stream is."""
-        full = np.zeros((lie.rows, *rows.shape[1:]), rows.dtype)
-        full[: len(rows)] = rows
-        sharding = NamedSharding(self.mesh, lie.stream.batch_spec)
-        return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
+        """See `put_rows`."""
+        return put_rows(rows, lie)
+
+
+def put_rows(rows: np.ndarray, lie: Lie) -> jax.Array:
+    """A host array `[B, ...]` on the mesh, filled up with rows of zeros to `lie.rows` and cut as the stream is."""
+    full = np.zeros((lie.rows, *rows.shape[1:]), rows.dtype)
+    full[: len(rows)] = rows
+    sharding = NamedSharding(lie.stream.mesh, lie.stream.batch_spec)
+    return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
 
 
 def role_of(path: Sequence[Any]) -> str:

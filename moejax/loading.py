@@ -1,6 +1,6 @@
 """From a name to a model on a mesh, and back to a folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from moejax.checkpoint.huggingface import load_parameters
 from moejax.checkpoint.saving import save_checkpoint
 from moejax.checkpoint.source import read_json, resolve
+from moejax.checkpoint.writing import SHARD_BYTES
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families import family_of
@@ -19,7 +20,9 @@ from moejax.inference.tokenizer import Tokenizer
 from moejax.language_model import LanguageModel, role_of
 from moejax.mesh import make_mesh
 from moejax.model import Decoder, Options
+from moejax.moe.router import Router
 from moejax.opening import Checkpoint, checkpoint_plan
+from moejax.sharding import AnyMesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPANIONS = (
@@ -41,6 +44,7 @@ def load(
     capacity_factor: float | None = None,
     chunks: int = 1,
     packed: bool = True,
+    router: Router | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint onto a mesh; each device's part is read from the files by itself.
@@ -54,6 +58,7 @@ def load(
       chunks: slices of the all_to_all exchange; see `moejax.moe`.
       packed: experts stored as MXFP4 stay so in device memory and are unpacked as they are used; False unpacks them
         while loading, which is faster to compute with and takes 3.8 times the memory in bfloat16.
+      router: replaces the config's in all layers; see `MoE`.
       progress: called with (bytes loaded, bytes in all).
 
     Raises:
@@ -65,7 +70,7 @@ def load(
         config = checkpoint.config
         mesh = _with_auto_axes(mesh if mesh is not None else make_mesh(num_experts=config.num_experts))
         layout = checkpoint.plan(mesh)
-        graph, abstract = abstract_decoder(config, mesh, dtype_of(dtype, config))
+        graph, abstract = abstract_decoder(config, mesh, dtype_of(dtype, config), router)
         wanted = {role_of(path): leaf for path, leaf in abstract.items()}
         loaded = load_parameters(checkpoint.files, layout, wanted, progress)
     state = nnx.from_flat_state([(path, nnx.Param(loaded[role_of(path)])) for path in abstract])
@@ -82,7 +87,7 @@ def load(
     )
 
 
-def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the model as a Hugging Face folder that transformers loads to the same logits.
 
     Args:
@@ -95,24 +100,37 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
     """
     companions = [model.folder / name for name in COMPANIONS if (model.folder / name).is_file()]
     layout = checkpoint_plan(model.config, model.mesh)
-    raw = dict(model.raw_config)
-    if not any(layer.moe and layer.moe.packed for layer in model.config.layers):
-        raw.pop("quantization_config", None)
-    raw.pop("auto_map", None)  # of code files, which are not written
-    if raw.get("tie_word_embeddings", False) != model.config.tie_word_embeddings:
-        raw["tie_word_embeddings"] = model.config.tie_word_embeddings
-    family = family_of(raw["model_type"])
-    if raw["model_type"] != family.model_type:  # an alias, which only a model's own code knows
-        raw |= {"model_type": family.model_type, "architectures": [family.architecture]}
+    raw = plain_config(model.raw_config, model.config)
     save_checkpoint(model.parameters(), layout, raw, companions, Path(path), max_shard_bytes=max_shard_bytes)
 
 
-def abstract_decoder(config: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
+def plain_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """config.json of a checkpoint that moejax writes: of the same model, and true of the files that go with it.
+
+    Args:
+      raw: the text model's config.json as it was read.
+      config: what was made of it and of its weights.
+    """
+    plain = dict(raw)
+    if not any(layer.moe and layer.moe.packed for layer in config.layers):
+        plain.pop("quantization_config", None)
+    plain.pop("auto_map", None)  # of code files, which are not written
+    if plain.get("tie_word_embeddings", False) != config.tie_word_embeddings:
+        plain["tie_word_embeddings"] = config.tie_word_embeddings
+    family = family_of(plain["model_type"])
+    if plain["model_type"] != family.model_type:  # an alias, which only a model's own code knows
+        plain |= {"model_type": family.model_type, "architectures": [family.architecture]}
+    return plain
+
+
+def abstract_decoder(
+    config: ModelConfig, mesh: AnyMesh, dtype: Any, router: Router | None = None
+) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
     """The decoder's structure, and the shape, dtype and sharding of each parameter, without making any of them."""
-    return abstract(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype), mesh)
+    return abstract(lambda: Decoder(config, mesh=mesh, rngs=nnx.Rngs(0), dtype=dtype, router=router), mesh)
 
 
-def abstract(module: Callable[[], nnx.Module], mesh: Mesh) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
+def abstract(module: Callable[[], nnx.Module], mesh: AnyMesh) -> tuple[Any, dict[tuple, jax.ShapeDtypeStruct]]:
     """The same of what `module` would make."""
     graph, state = nnx.split(nnx.eval_shape(module))
     leaves = {

@@ -1,7 +1,9 @@
 """The decoder: embedding, layers, head. Pure computation on a mesh; files, text and loops are elsewhere."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,17 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.moe.auto import Choice, check_strategy, choose
+from moejax.moe.jitter import Jitter
 from moejax.moe.layer import MoEDetails, Parallel
+from moejax.moe.router import Router
+from moejax.moe.usage import dropped_pairs
 from moejax.nn.block import Block
 from moejax.nn.cache import Cache
 from moejax.nn.embedding import embed, head_logits
 from moejax.nn.norm import Norm
 from moejax.nn.places import Places
 from moejax.nn.stream import Stream
-from moejax.sharding import place, round_up, sharded_param
+from moejax.sharding import COLLECTIVE, AnyMesh, place, round_up, sharded_param
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +104,16 @@ class Decoder(nnx.Module):
     `lm_head_bias [V]` where the config has one.
     """
 
-    def __init__(self, config: ModelConfig, *, mesh: Mesh, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        """Random weights in `dtype`."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        mesh: AnyMesh,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        router: Router | None = None,
+    ):
+        """Random weights in `dtype`; `router` replaces the config's in all layers, see `MoE`."""
         self.config = config
         rows = round_up(config.vocab_size, mesh.shape["tp"])
 
@@ -109,7 +122,9 @@ class Decoder(nnx.Module):
             return sharded_param(value * jnp.asarray(config.hidden_size**-0.5, dtype), mesh, "tp", None)
 
         self.embed = table()
-        self.layers = nnx.List([Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Block(config, i, mesh=mesh, rngs=rngs, dtype=dtype, router=router) for i in range(config.num_layers)]
+        )
         self.norm = Norm(config.norm, config.hidden_size, mesh=mesh, dtype=dtype)
         self.lm_head = None if config.tie_word_embeddings else table()
         self.lm_head_bias = sharded_param(jnp.zeros(rows, dtype), mesh, "tp") if config.head_bias else None
@@ -132,19 +147,31 @@ class Decoder(nnx.Module):
             router_logits=tuple(_flat(d.router_logits) for d in sparse) if router_logits else (),
             routed_experts=tuple(_flat(d.routing.experts) for d in sparse) if router_logits else (),
             hidden_states=states if hidden_states else (),
-            dropped=_dropped(details),
+            dropped=dropped_pairs(details),
         )
 
     def hidden_states(
-        self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"], positions: Int[Array, "B S"], lie: Lie
+        self,
+        tokens: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        lie: Lie,
+        jitter: Jitter | None = None,
+        remat: bool = False,
     ) -> tuple[tuple[Float[Array, "B S D"], ...], list[MoEDetails | None]]:
-        """The embeddings and each layer's output, the last one after the final norm; each layer's details."""
+        """The embeddings and each layer's output, the last one after the final norm; each layer's details.
+
+        `jitter`, for training, puts noise on what the routers read, in each layer its own. With `remat`, a backward
+        pass computes what is inside layers again, but for what came over the mesh.
+        """
         lengths = jnp.where(segments > 0, positions, 0).max(-1) + 1
         places = Places.of(self.config, positions, lengths)
         x, states, details = self._embed(tokens, lie), [], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             states.append(x)
-            x, detail = layer(x, places, segments, lie.stream, lie.parallel)
+            noise = None if jitter is None else jitter.of_layer(index)
+            run = _forgetful(layer) if remat else layer
+            x, detail = run(x, places, segments, lie.stream, lie.parallel, noise)
             x = place(x, lie.stream.mesh, lie.stream.batch_spec)
             details.append(detail)
         return (*states, self.norm(x)), details
@@ -187,7 +214,7 @@ class Decoder(nnx.Module):
             details.append(detail)
         last = jnp.maximum((positions >= 0).sum(1, dtype=jnp.int32) - 1, 0)
         x = jnp.take_along_axis(x, last[:, None, None], 1)
-        return self._logits(self.norm(x), lie)[:, 0], tuple(new), _dropped(details)
+        return self._logits(self.norm(x), lie)[:, 0], tuple(new), dropped_pairs(details)
 
     def _embed(self, tokens: jax.Array, lie: Lie) -> jax.Array:
         with jax.named_scope("embed"):
@@ -203,6 +230,17 @@ class Decoder(nnx.Module):
             return finished_logits(logits, None if bias is None else bias[: config.vocab_size], config)
 
 
+def _forgetful(layer: Block) -> Callable[..., tuple[jax.Array, MoEDetails | None]]:
+    """The layer, of which a backward pass finds only its inputs and the results of collectives."""
+    graph, params = nnx.split(layer)
+
+    def run(x: jax.Array, *others: Any) -> tuple[jax.Array, MoEDetails | None]:
+        policy = jax.checkpoint_policies.save_only_these_names(COLLECTIVE)
+        return jax.checkpoint(lambda params, x: nnx.merge(graph, params)(x, *others), policy=policy)(params, x)
+
+    return run
+
+
 def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | None, config: ModelConfig) -> jax.Array:
     """Logits (f32) as the config wants them: biased, scaled, bounded."""
     if bias is not None:
@@ -216,7 +254,3 @@ def finished_logits(logits: Float[Array, "*T V"], bias: Float[Array, " V"] | Non
 
 def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
-
-
-def _dropped(details: list[MoEDetails | None]) -> jax.Array:
-    return sum((d.accounting.dropped for d in details if d is not None), jnp.int32(0))

@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
+
+COLLECTIVE = "collective"
+"""The name, for rematerialisation policies, of everything that came over the mesh."""
 
 
 def axis_size(mesh: AnyMesh | None, axes: str | Sequence[str] | None) -> int:
@@ -72,7 +76,12 @@ def varying_as(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 def psum(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`lax.psum` over `axes`; nothing at all when there are none."""
-    return lax.psum(x, tuple(axes)) if axes else x
+    return came(lax.psum(x, tuple(axes))) if axes else x
+
+
+def came(x: jax.Array) -> jax.Array:
+    """`x`, the result of a collective, by the name that keeps it when activations are computed again."""
+    return checkpoint_name(x, COLLECTIVE)
 
 
 def pmax(x: jax.Array, axes: Sequence[str]) -> jax.Array:

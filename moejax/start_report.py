@@ -1,13 +1,14 @@
 """What a start-up report says: four lines on how a model lies on its mesh."""
 
+import math
 from collections import Counter, defaultdict
-
-import numpy as np
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from moejax.config import AttentionConfig, LatentAttentionConfig, Mixer, MoEConfig
 from moejax.language_model import LanguageModel
 from moejax.mesh import describe
-from moejax.model import lay
+from moejax.model import Lie, lay
 from moejax.moe.placement import Placement
 from moejax.moe.strategies.all_to_all import make_cells
 from moejax.moe.strategies.local import Local
@@ -19,16 +20,38 @@ CLASSES = ("experts", "attention", "embedding", "other")
 
 def report_lines(model: LanguageModel, batch: int) -> list[str]:
     """Experts and slots a device, the strategy and why, how attention is split, bytes by class."""
-    return [_experts(model), _strategy(model, batch), _attention(model, batch), _bytes(model)]
+    classes = bytes_by_class(model.parameters().items())
+    return [_experts(model), _strategy(model, batch), _attention(model, batch), _memory(classes, "parameters")]
 
 
-def bytes_by_class(model: LanguageModel) -> dict[str, tuple[int, int]]:
-    """For experts, attention, embedding and the rest: bytes of the model, and of the fullest device's part."""
+def training_lines(model: LanguageModel, batch: int, parts: int, state: Iterable[tuple[str, Any]]) -> list[str]:
+    """The same before a training run.
+
+    Args:
+      model: its decoder may be without arrays.
+      batch: sequences of a step.
+      parts: that a step's batch is computed in.
+      state: (role, array or its shape, dtype and sharding) of master weights and of what the optimizer keeps of them.
+    """
+    rows = batch // parts
+    lie = lay(rows, model.mesh, model.options)
+    times = f"{parts} times " if parts > 1 else ""
+    strategy = f"strategy  {lie.choice.strategy} for steps of {times}{_sequences(rows)}: {lie.choice.reason}"
+    memory = _memory(bytes_by_class(state), "weights and optimizer in float32")
+    return [_experts(model), strategy + _padding(lie, rows), _attention(model, rows), memory]
+
+
+def bytes_by_class(arrays: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, int]]:
+    """For experts, attention, embedding and the rest: bytes of all, and of the fullest device's part.
+
+    Args:
+      arrays: (role, array or its shape, dtype and sharding); a role may come again.
+    """
     totals: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for role, array in model.parameters().items():
+    for role, array in arrays:
         whole, part = totals[_class_of(role)]
-        shard = int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize
-        totals[_class_of(role)] = whole + array.nbytes, part + shard
+        size, shard = (math.prod(shape) for shape in (array.shape, array.sharding.shard_shape(array.shape)))
+        totals[_class_of(role)] = whole + size * array.dtype.itemsize, part + shard * array.dtype.itemsize
     return {name: totals[name] for name in CLASSES if name in totals}
 
 
@@ -67,9 +90,18 @@ def _experts(model: LanguageModel) -> str:
 
 def _strategy(model: LanguageModel, batch: int) -> str:
     lie = lay(batch, model.mesh, model.options)
-    padding = f", {lie.rows - batch} empty rows fill it up" if lie.rows > batch else ""
-    sequences = f"{batch} sequence{'s'[: batch > 1]}"
-    return f"strategy  {lie.choice.strategy} for prefill and decode of {sequences}: {lie.choice.reason}{padding}"
+    choice = lie.choice
+    return f"strategy  {choice.strategy} for prefill and decode of {_sequences(batch)}: {choice.reason}" + _padding(
+        lie, batch
+    )
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequence{'s'[: count > 1]}"
+
+
+def _padding(lie: Lie, rows: int) -> str:
+    return f", {lie.rows - rows} empty rows fill it up" if lie.rows > rows else ""
 
 
 def _moe(model: LanguageModel) -> MoEConfig | None:
@@ -105,11 +137,10 @@ def _heads(mixer: Mixer, share: HeadShare) -> str:
     return f"{share.heads} of {mixer.num_value_heads} heads with a recurrent state a device"
 
 
-def _bytes(model: LanguageModel) -> str:
-    classes = bytes_by_class(model)
+def _memory(classes: Mapping[str, tuple[int, int]], of_what: str) -> str:
     parts = ", ".join(f"{name} {human_bytes(part)}" for name, (_, part) in classes.items())
     whole, part = (sum(pair[i] for pair in classes.values()) for i in (0, 1))
-    return f"memory    {human_bytes(part)} of {human_bytes(whole)} parameters a device: {parts}"
+    return f"memory    {human_bytes(part)} of {human_bytes(whole)} {of_what} a device: {parts}"
 
 
 def explain_lines(model: LanguageModel, batch: int, prompt_tokens: int) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moejax.commands.common import add_mesh, add_model, add_strategy, base_parser, run
+from moejax.commands.main import COMMANDS
 from moejax.commands.main import main as moejax_main
 from moejax.errors import MoejaxError
 
@@ -126,9 +127,9 @@ def test_signals(number: signal.Signals, code: int, report: bytes):
     ("argv", "message"),
     [
         (["genrate"], "unknown command 'genrate'; did you mean generate? (see moejax --help)"),
-        (["xyz"], "unknown command 'xyz'; there are generate, verify, bench, twin (see moejax --help)"),
-        (["--mesh", "ep=2"], "unknown option '--mesh'; there are generate, verify, bench, twin (see moejax --help)"),
-        ([], "which command? one of generate, verify, bench, twin (see moejax --help)"),
+        (["xyz"], f"unknown command 'xyz'; there are {', '.join(COMMANDS)} (see moejax --help)"),
+        (["--mesh", "ep=2"], f"unknown option '--mesh'; there are {', '.join(COMMANDS)} (see moejax --help)"),
+        ([], f"which command? one of {', '.join(COMMANDS)} (see moejax --help)"),
     ],
 )
 def test_the_entry_point_refuses_what_it_does_not_know(

@@ -61,7 +61,7 @@ def spy(name, globals=None, *rest, **named):
 builtins.__import__ = spy
 import moejax
 public = [getattr(moejax, name) for name in moejax.__all__]
-print("jax" in asked, sorted(asked & {"argparse", "rich", "torch", "transformers", "matplotlib", "optax"}))
+print("jax" in asked, sorted(asked & {"argparse", "rich", "torch", "transformers", "matplotlib", "optax", "grain"}))
 """
     assert printed(run_python([code])) == "True []"
 

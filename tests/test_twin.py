@@ -225,7 +225,7 @@ def test_a_limit_of_the_activation_is_met():
 def test_a_folder_that_holds_something_and_a_large_model_are_refused(tmp_path):
     twin = shrink(published("mixtral-8x7b"))
     (tmp_path / "file").touch()
-    with pytest.raises(MoejaxError, match="exists already; name a new or empty folder"):
+    with pytest.raises(MoejaxError, match="exists already; save into a new or empty folder"):
         write_checkpoint(tmp_path, twin)
     with pytest.raises(MoejaxError, match=r"would have 136,512 parameters, over 1,000; state the sizes"):
         write_checkpoint(tmp_path / "new", twin, limit=1000)

@@ -55,7 +55,9 @@ def own_contender(model: LanguageModel, rows: Sequence[Sequence[int]], dtype: st
     import optax  # of the train extra
 
     from moejax.training.batch import NO_TARGET, Batch
-    from moejax.training.step import TrainState, train_step
+    from moejax.training.gradients import StepSettings
+    from moejax.training.state import TrainState
+    from moejax.training.step import TrainStep
 
     lie = lay(len(rows), model.mesh, model.options)
     tokens = np.asarray(rows, np.int32)
@@ -66,17 +68,17 @@ def own_contender(model: LanguageModel, rows: Sequence[Sequence[int]], dtype: st
         np.ones(shape, np.int32),
         np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
     )
-    batch = Batch(*(model.put_rows(a, lie) for a in arrays))
+    batch = jax.tree.map(lambda a: a[None], Batch(*(model.put_rows(a, lie) for a in arrays)))
     optimizer = optax.adamw(LEARNING_RATE)
-    graph, _ = model.split()
-    state: Any = TrainState.of(model.decoder, optimizer)
+    take = TrainStep(model.config, lie, optimizer, StepSettings(dtype=jnp.dtype(dtype)))
+    state: Any = TrainState.of(model.parameters(), optimizer, model.mesh)
 
     def run() -> Stepped:
         nonlocal state
         began = time.perf_counter()
-        state, loss = train_step(graph, optimizer, lie, jnp.dtype(dtype), state, batch)
+        state, metrics = take(state, batch)
         jax.block_until_ready(state)
-        return Stepped(time.perf_counter() - began, float(loss))
+        return Stepped(time.perf_counter() - began, float(metrics.loss))
 
     return run
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import AbstractMesh
 
 from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moejax.language_model import role_of
 from moejax.loading import abstract_decoder, dtype_of
-from moejax.mesh import make_mesh
 
 _ROUTED = frozenset({"gate_up", "down", "gate_up_bias", "down_bias"})
 
@@ -34,8 +34,7 @@ class Work:
     @classmethod
     def of(cls, config: ModelConfig, dtype: str = "auto") -> "Work":
         """Counts a model without making it; `dtype` as `moejax.load` takes it."""
-        platform = jax.devices()[0].platform
-        _, leaves = abstract_decoder(config, make_mesh("ep=1,tp=1", platform=platform), dtype_of(dtype, config))
+        _, leaves = abstract_decoder(config, AbstractMesh((1, 1), ("ep", "tp")), dtype_of(dtype, config))
         routed: dict[int, int] = {}
         other = matrices = 0
         for path, leaf in leaves.items():

@@ -1,13 +1,8 @@
 """Writes sharded parameters as a Hugging Face checkpoint."""
 
-import json
-import math
-import os
-import shutil
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,28 +10,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.checkpoint.pieces import Piece, Plan, Window, extents, within
-from moejax.checkpoint.safetensors import DTYPES, ENCODED, INDEX, SINGLE
+from moejax.checkpoint.writing import SHARD_BYTES, SPELLINGS, Stored, occupied, with_dtype, write_folder
 from moejax.errors import MoejaxError
-
-_WRITTEN = DTYPES | ENCODED
-
-
-class _Stored(NamedTuple):
-    """What a tensor is in the files."""
-
-    shape: tuple[int, ...]
-    spelling: str
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * _WRITTEN[self.spelling].itemsize
-
 
 # Roles that share a tensor are of one layer, so they stand near each other.
 _BUNDLE_REACH = 16
-
-# The tensors of one file, in the order of their bytes.
-_File = dict[str, _Stored]
 
 
 def save_checkpoint(
@@ -46,14 +24,14 @@ def save_checkpoint(
     extra_files: Sequence[Path],
     folder: Path,
     dtype: str | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes parameters, config.json and other files into a new folder that transformers loads.
 
-    Padding is dropped and repeated key/value heads are written once, so the files do not depend on the mesh. They are
-    written beside the folder and renamed at the end: an interrupted save leaves nothing under its name. The host holds
-    one parameter at a time (or those that share a tensor), and one tensor. With several processes all must call this;
-    each parameter in turn is gathered onto every device, and process 0 writes.
+    Padding is dropped and repeated key/value heads are written once, so the files do not depend on the mesh. An
+    interrupted save leaves nothing under the folder's name. The host holds one parameter at a time (or those that share
+    a tensor), and one tensor. With several processes all must call this; each parameter in turn is gathered onto every
+    device, and process 0 writes.
 
     Args:
         parameters: role -> array.
@@ -62,31 +40,27 @@ def save_checkpoint(
         extra_files: files to copy, such as tokenizer.json.
         folder: must not exist, or be empty.
         dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
-        max_shard_bytes: a file is closed before its tensors would exceed this; one larger tensor gets a file of its
-            own.
+        max_shard_bytes: as `write_folder` means it.
 
     Raises:
         MoejaxError: the folder holds something, or cannot be written. Every process raises.
     """
     writes = jax.process_index() == 0
-    _agree(_occupied(folder) if writes else "", folder)
+    _agree(occupied(folder) if writes else "", folder)
     stored = _stored(parameters, plan, dtype)
     tensors = _tensors(parameters, plan, stored)
     fault = ""
     if writes:
-        files, config = _files(stored, max_shard_bytes), _updated(config, plan, stored)
-        fault = _write(folder, files, tensors, config, extra_files)
+        documents = {"config.json": _updated(config, plan, stored)}
+        try:
+            write_folder(folder, stored, tensors, documents, extra_files, max_shard_bytes)
+        except MoejaxError as error:
+            fault = str(error)
     if jax.process_count() > 1:
         # The other processes, and a writer that gave up, still take part in the gathers that remain.
         for _ in tensors:
             pass
     _agree(fault, folder)
-
-
-def _occupied(folder: Path) -> str:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return ""
-    return f"{folder} exists already; save into a new or empty folder, or remove it first"
 
 
 def _agree(fault: str, folder: Path) -> None:
@@ -98,11 +72,10 @@ def _agree(fault: str, folder: Path) -> None:
         raise MoejaxError(fault or f"process 0 could not write {folder}; its message says why")
 
 
-def _stored(parameters: Mapping[str, jax.Array], plan: Plan, dtype: str | None) -> _File:
+def _stored(parameters: Mapping[str, jax.Array], plan: Plan, dtype: str | None) -> dict[str, Stored]:
     """All tensors in the order of writing: those of one parameter together."""
-    spelling = {known.name: name for name, known in _WRITTEN.items()}
     return {
-        piece.tensor: _Stored(plan.shapes[piece.tensor], spelling[dtype or parameters[role].dtype.name])
+        piece.tensor: Stored(plan.shapes[piece.tensor], SPELLINGS[dtype or parameters[role].dtype.name])
         for roles in _bundles(plan)
         for role in roles
         for piece in plan.pieces[role]
@@ -121,28 +94,14 @@ def _bundles(plan: Plan) -> list[list[str]]:
     return [roles for _, roles in bundles]
 
 
-def _files(stored: _File, max_shard_bytes: int) -> dict[str, _File]:
-    """File name -> its tensors."""
-    files: list[_File] = [{}]
-    for name, tensor in stored.items():
-        if files[-1] and sum(other.size for other in files[-1].values()) + tensor.size > max_shard_bytes:
-            files.append({})
-        files[-1][name] = tensor
-    if len(files) == 1:
-        return {SINGLE: files[0]}
-    return {f"model-{number:05}-of-{len(files):05}.safetensors": file for number, file in enumerate(files, 1)}
-
-
-def _updated(config: Mapping[str, Any], plan: Plan, stored: _File) -> dict[str, Any]:
-    dtype = DTYPES[next(iter(stored.values())).spelling].name
-    spellings = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    updated = dict(config) | {key: dtype for key in spellings}
+def _updated(config: Mapping[str, Any], plan: Plan, stored: Mapping[str, Stored]) -> dict[str, Any]:
+    updated = with_dtype(config, next(iter(stored.values())).dtype.name)
     if config.get("tie_word_embeddings") and "lm_head" in plan.pieces:
         updated["tie_word_embeddings"] = False
     return updated
 
 
-def _tensors(parameters: Mapping[str, jax.Array], plan: Plan, stored: _File) -> Iterator[np.ndarray]:
+def _tensors(parameters: Mapping[str, jax.Array], plan: Plan, stored: Mapping[str, Stored]) -> Iterator[np.ndarray]:
     """The checkpoint's tensors in the order of `stored`; processes other than 0 take part and get nothing."""
     for roles in _bundles(plan):
         gathered = {role: _gathered(parameters[role]) for role in roles}
@@ -154,7 +113,7 @@ def _tensors(parameters: Mapping[str, jax.Array], plan: Plan, stored: _File) -> 
             for piece in plan.pieces[role]:
                 by_tensor.setdefault(piece.tensor, []).append((role, piece))
         for tensor, parts in by_tensor.items():
-            data = np.empty(stored[tensor].shape, _WRITTEN[stored[tensor].spelling])
+            data = np.empty(stored[tensor].shape, stored[tensor].dtype)
             # Of a key/value head that is stored several times the first copy counts, so it is written last.
             for role, part in reversed(parts):
                 _collect(data, part, shards[role])
@@ -194,50 +153,3 @@ def _collect(tensor: np.ndarray, piece: Piece, shards: list[tuple[Window, np.nda
         if part := within(piece, window):
             region = shard[part.dest].T if part.transpose else shard[part.dest]
             tensor[part.source] = region.reshape(extents(part.source)).astype(tensor.dtype)
-
-
-def _write(
-    folder: Path,
-    files: Mapping[str, _File],
-    tensors: Iterator[np.ndarray],
-    config: Mapping[str, Any],
-    extra_files: Sequence[Path],
-) -> str:
-    """Writes everything beside `folder`, then renames it. Returns what went wrong, or nothing."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        for name, file in files.items():
-            _write_weights(partial / name, file, tensors)
-        if len(files) > 1:
-            size = sum(tensor.size for file in files.values() for tensor in file.values())
-            weight_map = {tensor: name for name, file in files.items() for tensor in file}
-            _write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        _write_json(partial / "config.json", config)
-        for file in extra_files:
-            shutil.copyfile(file, partial / file.name)
-        partial.rename(folder)
-    except OSError as error:
-        return f"cannot write {folder}: {error.strerror}"
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return ""
-
-
-def _write_weights(path: Path, file: _File, tensors: Iterator[np.ndarray]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in file.items():
-        header[name] = {"dtype": tensor.spelling, "shape": tensor.shape, "data_offsets": (offset, offset + tensor.size)}
-        offset += tensor.size
-    encoded = json.dumps(header).encode()
-    # The format asks for data that start at a multiple of 8 bytes.
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _ in file:
-            stream.write(next(tensors).reshape(-1).view(np.uint8).data)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

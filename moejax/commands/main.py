@@ -10,8 +10,12 @@ from moejax.commands.common import INTERRUPTED, leave
 
 COMMANDS = {
     "generate": "continue prompts with a mixture-of-experts model",
+    "train": "train a model on a mesh, from random weights or from a checkpoint's",
     "verify": "prove that meshes and strategies compute what one device computes",
     "bench": "measure generation, one block, collectives and loading, against transformers and the machine",
+    "eval": "loss, bits per byte and experts' load of a model on files",
+    "report": "write one HTML page about training runs, or compare them on it",
+    "tokenizer": "learn a byte-level BPE tokenizer from text",
     "twin": "write a tiny random checkpoint with every special path of a model's config",
 }
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -40,12 +40,26 @@ def agree_on(args: argparse.Namespace, alone: Sequence[str] = ()) -> Path:
       MoejaxError: on every process, naming what differs.
     """
     folder = resolve(args.model)
-    config = json.dumps(read_json(folder, "config.json"), sort_keys=True)
+    agree(args, {"config": json.dumps(read_json(folder, "config.json"), sort_keys=True)}, alone)
+    return folder
+
+
+def agree(args: argparse.Namespace, texts: Mapping[str, str], alone: Sequence[str] = ()) -> None:
+    """Makes sure that every process of the launch is about to do the same.
+
+    Args:
+      args: the command line; its options must be the same on every process.
+      texts: what else must be, by name; they are compared by their hashes.
+      alone: names of the options that only process 0 reads.
+
+    Raises:
+      MoejaxError: on every process, naming what differs.
+    """
     distributed.agree(
         {
             "code": distributed.code_hash(),
             "jax": jax.__version__,
-            "config": hashlib.sha256(config.encode()).hexdigest()[:16],
+            **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()},
             **{
                 f"--{name.replace('_', '-')}": str(value)
                 for name, value in vars(args).items()
@@ -53,7 +67,6 @@ def agree_on(args: argparse.Namespace, alone: Sequence[str] = ()) -> Path:
             },
         }
     )
-    return folder
 
 
 def load_model(args: argparse.Namespace, folder: Path, mesh: Mesh, **options: object) -> tuple[LanguageModel, float]:

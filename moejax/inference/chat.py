@@ -70,17 +70,32 @@ def render_chat(template: str, messages: Sequence[dict[str, Any]], special_token
         MoejaxError: the messages are no JSON objects, or the template cannot be compiled or fails, for instance because
             it refuses the order of the roles.
     """
-    messages = _plain(messages)
     try:
-        return _compile(template).render(
-            {**special_tokens, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        )
+        return render_messages(template, messages, special_tokens, answer_next=True)
+    except TemplateError as error:
+        raise MoejaxError(f"{error}; leave --chat out or mend it") from error
+
+
+class TemplateError(MoejaxError):
+    """A template that cannot be compiled, or that fails on these messages; says why, and no remedy."""
+
+
+def render_messages(
+    template: str, messages: Sequence[dict[str, Any]], special_tokens: dict[str, str], answer_next: bool
+) -> str:
+    """The text of `messages`, and with `answer_next` what an assistant's answer to them begins with.
+
+    Raises:
+        TemplateError: see there.
+        MoejaxError: the messages are no JSON objects.
+    """
+    chat = {"messages": _plain(messages), "add_generation_prompt": answer_next}
+    try:
+        return _compile(template).render({**special_tokens, **chat, "tools": None, "documents": None})
     # The template is the checkpoint's program: whatever it raises (TypeError, OverflowError ...) is its own fault.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise MoejaxError(
-            f"the chat template failed: {reason} ({type(error).__name__}); leave --chat out or mend it"
-        ) from error
+        raise TemplateError(f"the chat template failed: {reason} ({type(error).__name__})") from error
 
 
 def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Text to ids and back, from a checkpoint's `tokenizer.json`."""
 
+import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,24 @@ class Tokenizer:
     def encode_chat(self, text: str) -> list[int]:
         """Token ids of a rendered chat. The template has already written the special tokens; none is added."""
         return self._encode(text, add_special_tokens=False)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, on all cores; no special token is added."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, none added, and for each the characters of `text` that it stands for: first, and one past."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits; tokenizers with the same give the same ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token spelled as in the vocabulary."""
+        return self._backend.token_to_id(token)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of `ids`; ids outside the vocabulary, such as a model's padding rows, give nothing.

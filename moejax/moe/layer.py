@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoEConfig
 from moejax.moe.block import current_mesh, moe
+from moejax.moe.jitter import Jitter
 from moejax.moe.packed import PackedExperts
 from moejax.moe.params import PARAM_NAMES, ExpertParams
 from moejax.moe.placement import Placement
@@ -144,6 +145,7 @@ class MoE(nnx.Module):
         mask: Bool[Array, "*T"] | None = None,
         parallel: Parallel | None = None,
         router_input: Float[Array, "*T D"] | None = None,
+        jitter: Jitter | None = None,
     ) -> tuple[Float[Array, "*T D"], MoEDetails]:
         """The output, and what the router decided.
 
@@ -152,9 +154,11 @@ class MoE(nnx.Module):
           mask: false for padding.
           parallel: replaces the layer's own for this call.
           router_input: what the router reads, of x's dtype; None is x.
+          jitter: noise on what the router reads.
         """
         with jax.named_scope("router"):
-            logits = self.router_logits(x if router_input is None else router_input)
+            seen = x if router_input is None else router_input
+            logits = self.router_logits(seen if jitter is None else jitter(seen))
             routing = self.route(logits, **self.learned_routing())
             routing = routing if mask is None else routing.only(mask)
         p = parallel or self.parallel

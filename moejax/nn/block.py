@@ -12,7 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig, DeltaNetConfig, LatentAttentionConfig, ModelConfig
+from moejax.moe.jitter import Jitter
 from moejax.moe.layer import MoE, MoEDetails, Parallel, sharded_param
+from moejax.moe.router import Router
 from moejax.nn.attention import Attention
 from moejax.nn.cache import Cache
 from moejax.nn.delta_net import DeltaNet
@@ -30,8 +32,17 @@ MIXERS: dict[type, Any] = {AttentionConfig: Attention, LatentAttentionConfig: La
 class Block(nnx.Module):
     """Layer `index` of a decoder."""
 
-    def __init__(self, config: ModelConfig, index: int, *, mesh: AnyMesh, rngs: nnx.Rngs, dtype: DTypeLike):
-        """Random weights."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        mesh: AnyMesh,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        router: Router | None = None,
+    ):
+        """Random weights; `router` is that of `MoE`."""
         width, layer = config.hidden_size, config.layers[index]
         self.layer, self.residual_scale = layer, config.residual_scale
         norm = functools.partial(Norm, config.norm, width, mesh=mesh, dtype=dtype)
@@ -41,7 +52,7 @@ class Block(nnx.Module):
         if layer.branch_norms:
             self.attention_out_norm, self.out_norm = norm(), norm()
         if layer.moe is not None:
-            self.moe = MoE(layer.moe, rngs=rngs, dtype=dtype, mesh=mesh)
+            self.moe = MoE(layer.moe, rngs=rngs, router=router, dtype=dtype, mesh=mesh)
         if hidden := layer.dense_intermediate_size:
             self.mlp = DenseMLP(
                 width, hidden, config.activation, bias=layer.dense_bias, mesh=mesh, rngs=rngs, dtype=dtype
@@ -59,10 +70,11 @@ class Block(nnx.Module):
         segments: Int[Array, "B S"],
         stream: Stream,
         parallel: Parallel,
+        jitter: Jitter | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEDetails | None]:
-        """Whole sequences; segment 0 is padding, which goes to no expert."""
+        """Whole sequences; segment 0 is padding, which goes to no expert. `jitter` is noise for the router."""
         y, _, details = self._run(
-            x, lambda h: (self.attention(h, places, segments, stream), None), segments > 0, stream, parallel
+            x, lambda h: (self.attention(h, places, segments, stream), None), segments > 0, stream, parallel, jitter
         )
         return y, details
 
@@ -85,27 +97,34 @@ class Block(nnx.Module):
         real: jax.Array,
         stream: Stream,
         parallel: Parallel,
+        jitter: Jitter | None = None,
     ) -> tuple[jax.Array, Cache, MoEDetails | None]:
         with jax.named_scope("attention"):
             y, cache = attention(self.attention_norm(x))
         x = self._add(x, self.attention_out_norm(y) if self.layer.branch_norms else y)
-        y, details = self._feed_forward(x, real, stream, parallel)
+        y, details = self._feed_forward(x, real, stream, parallel, jitter)
         x = self._add(x, self.out_norm(y) if self.layer.branch_norms else y)
         return x * self.output_scale[...] if self.layer.output_scale else x, cache, details
 
     def _feed_forward(
-        self, x: jax.Array, real: jax.Array, stream: Stream, parallel: Parallel
+        self, x: jax.Array, real: jax.Array, stream: Stream, parallel: Parallel, jitter: Jitter | None
     ) -> tuple[jax.Array, MoEDetails | None]:
         hidden = self.mlp_norm(x)
         if self.layer.side_by_side:
-            return self._side_by_side(x, hidden, real, stream, parallel)
+            return self._side_by_side(x, hidden, real, stream, parallel, jitter)
         if self.layer.moe is not None:
-            return self.moe.with_details(hidden, real, parallel)
+            return self.moe.with_details(hidden, real, parallel, jitter=jitter)
         with jax.named_scope("mlp"):
             return self.mlp(hidden, stream), None
 
     def _side_by_side(
-        self, x: jax.Array, hidden: jax.Array, real: jax.Array, stream: Stream, parallel: Parallel
+        self,
+        x: jax.Array,
+        hidden: jax.Array,
+        real: jax.Array,
+        stream: Stream,
+        parallel: Parallel,
+        jitter: Jitter | None,
     ) -> tuple[jax.Array, MoEDetails]:
         """The dense MLP's output and the experts', each normalised, summed.
 
@@ -115,7 +134,7 @@ class Block(nnx.Module):
             dense = self.mlp_out_norm(self.mlp(hidden, stream))
         with jax.named_scope("router"):
             seen = (self.router_norm(x).astype(jnp.float32) * x.shape[-1] ** -0.5).astype(x.dtype)
-        sparse, details = self.moe.with_details(self.moe_norm(x), real, parallel, seen)
+        sparse, details = self.moe.with_details(self.moe_norm(x), real, parallel, seen, jitter)
         return dense + self.moe_out_norm(sparse), details
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:

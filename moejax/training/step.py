@@ -1,77 +1,137 @@
-"""One training step as one compiled program: loss, gradients and the optimizer's update, the state donated."""
+"""One training step as one compiled program: losses, gradients and the optimizer's update, the state donated."""
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
-from moejax.model import Decoder, Lie
+from moejax.config import ModelConfig
+from moejax.model import Lie
+from moejax.moe.losses import updated_correction
+from moejax.stored_forms import StoredForm, stored_forms
 from moejax.training.batch import NO_TARGET, Batch
-from moejax.training.cross_entropy import cross_entropy
+from moejax.training.gradients import Gradients, Params, StepSettings
+from moejax.training.state import TrainState
 
 
 @struct.dataclass
-class TrainState:
-    """What a step replaces: master weights in f32, and what the optimizer keeps of them, lying as they do."""
+class StepMetrics:
+    """What a step tells. L counts the layers that have experts.
 
-    params: Any
-    optimizer: Any
-
-    @classmethod
-    def of(cls, decoder: Decoder, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The first state, from a decoder's parameters, which go into it: those that are f32 are not copied."""
-        params = jax.tree.map(_master, nnx.state(decoder, nnx.Param))
-        everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
-        counted = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), optimizer.init(params))
-        return cls(params, counted)
-
-
-def _master(p: jax.Array) -> jax.Array:
-    """In f32, its sharding spelled as compiled programs spell their results', lest the second step compile anew."""
-    assert isinstance(p.sharding, NamedSharding)
-    spec = list(p.sharding.spec)
-    while spec and spec[-1] is None:
-        spec.pop()
-    return jax.device_put(p.astype(jnp.float32), NamedSharding(p.sharding.mesh, PartitionSpec(*spec)))
-
-
-def next_token_loss(decoder: Decoder, batch: Batch, lie: Lie) -> Float[Array, ""]:
-    """The mean of -log p(target) over all places that have one."""
-    x = decoder.hidden_states(batch.tokens, batch.segments, batch.positions, lie)[0][-1]
-    counts = (batch.targets != NO_TARGET).astype(jnp.float32)
-    weights = counts / jnp.maximum(counts.sum(), 1)
-    head, bias = decoder.head()
-    return cross_entropy(x, head, bias, batch.targets, weights, decoder.config, lie.stream)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def train_step(
-    graph: Any, optimizer: optax.GradientTransformation, lie: Lie, dtype: DTypeLike, state: TrainState, batch: Batch
-) -> tuple[TrainState, Float[Array, ""]]:
-    """The state after one batch, and the loss before it.
-
-    Args:
-      graph: the decoder's structure, from `nnx.split`.
-      optimizer: the same object in every step, lest the step compile anew.
-      lie: how the batch lies on the mesh.
-      dtype: of the forward and backward pass; the master weights and their update are f32 in any case.
-      state: consumed.
-      batch: `lie.rows` sequences.
+    Attributes:
+      loss: mean of -log p(target), in nats, without what follows.
+      balance_loss: of the routers, as `LossSettings.balance` names it, unweighted; the mean over the parts of a batch.
+      z_loss: the same of the routers' z-loss.
+      targets: how many there were.
+      grad_norm: of all gradients together, before clipping; copies of a parameter counted once.
+      finite: whether loss and gradients were; where not, the step changed nothing but its counter.
+      bad_layer: the first layer whose output was not finite, or else the last whose gradient was not; -1 for none.
+      tokens_per_expert: pairs that the routers chose.
+      router_entropy: mean over tokens of the entropy of the softmax over a router's logits, in nats.
+      dropped: pairs that found no room; 0 unless a capacity factor was set.
     """
 
-    def loss_of(params: Any) -> jax.Array:
-        decoder: Decoder = nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), params))
-        return next_token_loss(decoder, batch, lie)
+    loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    targets: Int[Array, ""]
+    grad_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+    bad_layer: Int[Array, ""]
+    tokens_per_expert: Int[Array, "L E"]
+    router_entropy: Float[Array, " L"]
+    dropped: Int[Array, ""]
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.params)
-    # optax mixes weak and strong types, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state), loss
+
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`, compiled at its first call; the state is consumed.
+
+    The batch's arrays are `[A, lie.rows, S]`: A parts whose gradients are summed before the one update, as if all
+    targets had been in one batch.
+
+    Attributes:
+      config: of the model.
+      lie: how a part of the batch lies on the mesh.
+      optimizer: without clipping, which is the step's: on a mesh a parameter may be there more than once.
+      settings: see there.
+    """
+
+    config: ModelConfig
+    lie: Lie
+    optimizer: optax.GradientTransformation
+    settings: StepSettings
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return self.program(state, batch)
+
+    @functools.cached_property
+    def program(self) -> Any:
+        """The jitted function."""
+        return jax.jit(self._run, donate_argnums=0)
+
+    def _run(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        gradients, seen = self._gradients(state.params, batch, jax.random.fold_in(state.key, state.step))
+        gradients = {role: self._forms[role].summed(g) for role, g in gradients.items()}
+        squares = {role: self._forms[role].square_sum(g) for role, g in gradients.items()}
+        norm = jnp.sqrt(sum(squares.values(), jnp.float32(0)))
+        finite = jnp.isfinite(seen.nats) & jnp.isfinite(norm)
+        if (limit := self.settings.clip) is not None:
+            scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+            gradients = {role: g * scale for role, g in gradients.items()}
+        # Not a choice between old and new arrays, for which the compiler would keep copies of the whole state.
+        new = lax.cond(finite, self._updated, lambda state, *_: state, state, gradients, seen.tokens_per_expert)
+        metrics = StepMetrics(
+            loss=seen.nats,
+            balance_loss=seen.balance,
+            z_loss=seen.z,
+            targets=(batch.targets != NO_TARGET).sum(dtype=jnp.int32),
+            grad_norm=norm,
+            finite=finite,
+            bad_layer=_bad_layer(seen.broken, squares),
+            tokens_per_expert=seen.tokens_per_expert,
+            router_entropy=seen.entropy / jnp.maximum(seen.tokens, 1).astype(jnp.float32),
+            dropped=seen.dropped,
+        )
+        return replace(new, step=state.step + 1), metrics
+
+    def _updated(self, state: TrainState, gradients: Params, tokens_per_expert: jax.Array) -> TrainState:
+        # optax mixes weak and strong types, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+        # Corrections follow the load alone, whatever the optimizer would make of them.
+        rate = self.settings.losses.bias_update_rate
+        sparse = [index for index, layer in enumerate(self.config.layers) if layer.moe is not None]
+        for index, load in zip(sparse, tokens_per_expert, strict=True):
+            if (old := state.params.get(role := f"layers.{index}.moe.correction")) is not None:
+                params[role] = updated_correction(old, load[: old.size], rate)
+        return replace(state, params=params, optimizer=optimizer)
+
+    @functools.cached_property
+    def _gradients(self) -> Gradients:
+        return Gradients(self.config, self.lie, self.settings)
+
+    @functools.cached_property
+    def _forms(self) -> dict[str, StoredForm]:
+        return stored_forms(self.config, self.lie.stream.mesh)
+
+
+def _bad_layer(broken: Bool[Array, " layers"], squares: Mapping[str, jax.Array]) -> Int[Array, ""]:
+    """The first layer with an output that is not finite, or else the last with such a gradient; -1 for none."""
+    sums = [jnp.float32(0)] * broken.size
+    for role, square in squares.items():
+        part, _, rest = role.partition(".")
+        if part == "layers":
+            index = int(rest.partition(".")[0])
+            sums[index] = sums[index] + square
+    layers = jnp.arange(broken.size, dtype=jnp.int32)
+    last = jnp.where(jnp.isfinite(jnp.stack(sums)), jnp.int32(-1), layers).max()
+    return jnp.where(broken.any(), jnp.argmax(broken).astype(jnp.int32), last)

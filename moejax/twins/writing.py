@@ -1,10 +1,6 @@
 """Writes a checkpoint of random weights for a config, as the hub has it."""
 
-import json
 import math
-import os
-import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +9,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from moejax.checkpoint.safetensors import DTYPES, ENCODED, SINGLE
+from moejax.checkpoint.safetensors import DTYPES
+from moejax.checkpoint.writing import Stored, occupied, with_dtype, write_folder
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.families import Family, family_of, read_config, text_config
@@ -22,7 +19,6 @@ from moejax.twins.packing import packed
 from moejax.twins.weights import tensor_values
 
 NAMED = {dtype.name: dtype for dtype in DTYPES.values()}
-_SPELLED = {dtype: spelling for spelling, dtype in (DTYPES | ENCODED).items()}
 
 # A twin is made whole in memory. A config that leaves sizes to its family makes a large one.
 _MOST_PARAMETERS = 20_000_000
@@ -44,7 +40,7 @@ class Written:
 def write_checkpoint(
     folder: Path, raw: Mapping[str, Any], seed: int = 0, dtype: str = "float32", limit: int = _MOST_PARAMETERS
 ) -> Written:
-    """Writes config.json, generation_config.json and model.safetensors, beside `folder` first.
+    """Writes config.json, generation_config.json and model.safetensors.
 
     A model of several modalities gets its text tensors under its own names for them, and two more that stand for the
     parts which the text model leaves out. There are no layers of multi-token prediction.
@@ -60,8 +56,8 @@ def write_checkpoint(
         MoejaxError: an unsupported config, more parameters than `limit`, or a folder that holds something or cannot be
             written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise MoejaxError(f"{folder} exists already; name a new or empty folder, or remove it first")
+    if fault := occupied(folder):
+        raise MoejaxError(fault)
     config, family = read_config(raw), family_of(raw.get("model_type"))
     plan = checkpoint_plan(config, AbstractMesh((1, 1), ("ep", "tp")))
     parameters = sum(math.prod(shape) for shape in plan.shapes.values())
@@ -76,7 +72,9 @@ def write_checkpoint(
     size = sum(tensor.nbytes for tensor in tensors.values())
     if text is not raw:
         tensors = _wrapped(tensors, family) | {name: np.ones(shape, NAMED[dtype]) for name, shape in _OTHERS.items()}
-    _write(folder, tensors, {"config.json": _with_dtype(raw, dtype), "generation_config.json": _token_ids(raw)})
+    stored = {name: Stored.of(tensor) for name, tensor in tensors.items()}
+    documents = {"config.json": with_dtype(raw, dtype), "generation_config.json": _token_ids(raw)}
+    write_folder(folder, stored, tensors.values(), documents)
     return Written(folder, config, parameters, size)
 
 
@@ -91,42 +89,6 @@ def _wrapped(tensors: Mapping[str, np.ndarray], family: Family) -> dict[str, np.
     return renamed
 
 
-def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with its dtype brought up to date, in the spelling and the places that it has."""
-    result = dict(raw)
-    if isinstance(raw.get("text_config"), Mapping):
-        result["text_config"] = _with_dtype(raw["text_config"], dtype)
-    spellings = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
-    return result | dict.fromkeys(spellings, dtype)
-
-
 def _token_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
     text = text_config(raw)
     return {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if text.get(name) is not None}
-
-
-def _write(folder: Path, tensors: dict[str, np.ndarray], files: Mapping[str, dict[str, Any]]) -> None:
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        _write_tensors(partial / SINGLE, tensors)
-        for name, content in files.items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        raise MoejaxError(f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """The safetensors library writes no float8 of numpy."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _SPELLED[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
-    encoded = json.dumps(header).encode()
-    # The format asks for data that start at a multiple of 8 bytes.
-    encoded += b" " * (-len(encoded) % 8)
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"".join(t.tobytes() for t in tensors.values()))

@@ -33,7 +33,7 @@ from moejax.moe.strategies.cells import Cells
 from moejax.moe.strategies.exchange import by_slice, exchange
 from moejax.moe.strategies.local import Accounting, Local
 from moejax.moe.strategies.shares import cut_share, divides, scatter_share, whole
-from moejax.sharding import pmax, psum
+from moejax.sharding import came, pmax, psum
 
 HEADROOM = 1.5
 """Cell capacity over the even share. Measured on real routing: larger sends padding, smaller needs second waves."""
@@ -46,7 +46,7 @@ def all_to_all(
     cells = make_cells(x.shape[0], routing.experts.shape[1], local)
     with jax.named_scope("dispatch"):
         plan = make_plan(routing, local.placement.slots)
-        counts = lax.all_gather(plan.counts, local.ep, to="invarying") if local.ep else plan.counts[None]
+        counts = came(lax.all_gather(plan.counts, local.ep, to="invarying")) if local.ep else plan.counts[None]
         waves = cells.waves(by_slice(counts, local))
         share = cut_share(x, local)
     y = exchange(share, plan, counts, waves, params, cells, local)

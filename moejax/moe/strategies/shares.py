@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moejax.moe.strategies.local import Local
-from moejax.sharding import psum
+from moejax.sharding import came, psum
 
 
 def divides(width: int, local: Local) -> bool:
@@ -26,18 +26,18 @@ def cut_share(x: Float[Array, "T D"], local: Local) -> Float[Array, "T d"]:
 
 def gather_share(share: Float[Array, "M d"], width: int, local: Local) -> Float[Array, "M D"]:
     """Whole rows from the shares of all devices of the tensor axis."""
-    return lax.all_gather(share, local.tp, axis=1, tiled=True) if divides(width, local) else share
+    return came(lax.all_gather(share, local.tp, axis=1, tiled=True)) if divides(width, local) else share
 
 
 def scatter_share(partial: Float[Array, "M D"], local: Local) -> Float[Array, "M d"]:
     """This device's share of the sum over the tensor axis; whole rows stay partial sums."""
     if not divides(partial.shape[1], local):
         return partial
-    return lax.psum_scatter(partial, local.tp, scatter_dimension=1, tiled=True)
+    return came(lax.psum_scatter(partial, local.tp, scatter_dimension=1, tiled=True))
 
 
 def whole(share: Float[Array, "T d"], width: int, local: Local) -> Float[Array, "T D"]:
     """The result on every device of the tensor axis: shares put together, or partial sums added."""
     if not divides(width, local):
         return psum(share, local.tp_axes)
-    return lax.all_gather(share, local.tp, axis=1, tiled=True, to="invarying")
+    return came(lax.all_gather(share, local.tp, axis=1, tiled=True, to="invarying"))

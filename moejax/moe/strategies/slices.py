@@ -12,7 +12,7 @@ from moejax.moe.strategies.cells import Cells, grouped_rows
 from moejax.moe.strategies.local import Local
 from moejax.moe.strategies.shares import scatter_share
 from moejax.moe.strategies.weighing import combine, weigh_inputs
-from moejax.sharding import varying
+from moejax.sharding import came, varying
 
 
 class Slice:
@@ -93,4 +93,4 @@ def _invert(positions: Int[Array, " n"], size: int) -> Int[Array, " size"]:
 def swap(buffer: Float[Array, "PC d"], local: Local) -> Float[Array, "PC d"]:
     """The payload exchange: cell p of this device becomes cell `ep_index` of device p."""
     with jax.named_scope("exchange"):
-        return lax.all_to_all(buffer, local.ep, 0, 0, tiled=True) if local.ep else buffer
+        return came(lax.all_to_all(buffer, local.ep, 0, 0, tiled=True)) if local.ep else buffer

@@ -1,0 +1,1 @@
+"""Checkpoints of training runs: kept by orbax, independent of the mesh, turned into Hugging Face folders and back."""
