@@ -66,5 +66,5 @@ def test_is_one_kernel_without_scores_in_memory(h100, name):
     text = program.as_text()
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
     assert " dot(" not in text and "while(" not in text
-    # A prompt's scores would take 1 GB and more; a token's parts, before they are put together, take up to 19 MB.
-    assert program.memory_analysis().temp_size_in_bytes < 2**25
+    # A prompt's scores would take 1 GB and more; a token's parts, before they are put together, take a few megabytes.
+    assert program.memory_analysis().temp_size_in_bytes < 2**24

@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from moejax.kernels import cuda, device, triton
+from moejax.kernels.linear import linear
 from moejax.planning.topologies import h100_mesh
 from moejax.quantization.packed import PackedMatrix
 
@@ -52,6 +53,16 @@ def test_before_ampere_no_kernel_runs(monkeypatch, kind, expected):
     x, dy, sizes = jnp.ones((8, 32)), jnp.ones((8, 64)), jnp.array([3, 4], jnp.int32)
     dw = jax.make_jaxpr(lambda *a: cuda.weight_gradient(*a, groups=2, out_dtype=jnp.float32))(x, dy, sizes)
     assert ("pallas_call" in str(dw)) == (expected == "triton")
+
+
+def test_a_single_row_is_multiplied_among_sixteen():
+    """As a product, which XLA would otherwise write out as a sum over copies of the weights."""
+    mapped = jax.shard_map(linear, mesh=mesh_of(ROOMY[0]), in_specs=P(), out_specs=P())
+    struct = jax.ShapeDtypeStruct
+    for rows, padded in ((1, True), (2, False)):
+        traced = jax.make_jaxpr(mapped)(struct((rows, 64), jnp.bfloat16), struct((64, 32), jnp.bfloat16))
+        assert ("bf16[16,64]" in str(traced)) == padded
+        assert traced.out_avals[0].shape == (rows, 32)
 
 
 def test_marks_what_varies_in_shard_map(mesh):

@@ -47,8 +47,7 @@ class Engine:
         eos[: len(eos_ids)] = eos_ids
         self._eos = self._put(eos)
         self._graph, self._state = model.split()
-        # Looked up once: to hash a deep model's structure costs as much as a small model's step.
-        key = (self._graph, jax.tree.structure(self._state), *map(_signature, jax.tree.leaves(self._state)))
+        key = (model.structure(), jax.tree.structure(self._state), *map(_signature, jax.tree.leaves(self._state)))
         self._programs = model.programs.setdefault(key, {})
 
     def start(

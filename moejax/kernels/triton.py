@@ -1,6 +1,6 @@
 """Grouped products on NVIDIA GPUs of any age, as Triton kernels: float32, float16, bfloat16 and packed matrices.
 
-A tile of rows never straddles two groups, so each program multiplies by one group's matrix. JAX 0.12 calls this backend
+A tile of rows never straddles two groups, so each program multiplies by one group's matrix. JAX 0.11 calls this backend
 of Pallas deprecated, and warns where it is lowered; the other one has no float32 products and no GPU before Hopper.
 """
 

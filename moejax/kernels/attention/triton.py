@@ -89,7 +89,7 @@ def forward(
 def _tile(length: int, sharing: int, width: int, roomy: bool) -> _Tile:
     """The fastest on an H100 that leave room for wide heads."""
     if width > 256:
-        rows, keys, stages = (32 if roomy else 16), 32, 2
+        rows, keys, stages = 16, 32, 2
     elif width > 128:
         rows, keys, stages = 64, (64 if roomy else 32), 2
     else:
