@@ -83,7 +83,7 @@ def run_processes() -> Callable[..., list[Result]]:
         pipe = subprocess.PIPE
         processes = [
             subprocess.Popen(
-                command, env=_environment(env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+                command, env=environment(env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
             )
             for command in commands
         ]
@@ -106,7 +106,7 @@ def _run_python(
 ) -> Result:
     command = [sys.executable, *args]
     return subprocess.run(
-        command, env=_environment(env), timeout=timeout, input=input, text=True, capture_output=True, cwd=ROOT
+        command, env=environment(env), timeout=timeout, input=input, text=True, capture_output=True, cwd=ROOT
     )
 
 
@@ -116,7 +116,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+def environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     """This process' environment, in which moejax is importable and no flag makes virtual devices."""
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     inherited["XLA_FLAGS"] = FAST_COMPILE

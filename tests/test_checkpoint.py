@@ -172,7 +172,15 @@ def test_saving_in_several_files(tmp_path):
     parameters, _ = load(folder, config, mesh)
     raw = json.loads((folder / "config.json").read_text())
     target = tmp_path / "deep/er/written"
-    save_checkpoint(parameters, mesh_plan(config, mesh), raw, [], target, "bfloat16", max_shard_bytes=20_000)
+    save_checkpoint(
+        parameters,
+        mesh_plan(config, mesh),
+        raw,
+        [],
+        target,
+        dict.fromkeys(parameters, "bfloat16"),
+        max_shard_bytes=20_000,
+    )
     files = sorted(target.glob("*.safetensors"))
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert [file.name for file in files] == [

@@ -17,14 +17,13 @@ from moejax.families import read_config
 from moejax.inference import engine as module
 from moejax.inference.engine import Engine, cache_bucket, chunk_size
 from moejax.inference.generate import Timing
-from moejax.inference.sampling import Filters
 from moejax.inference.steps import Draw, decode
 from moejax.language_model import LanguageModel
 from moejax.model import Decoder, Options
 
 RAW = CONFIGS["mixtral_plain"] | {"num_hidden_layers": 1, "eos_token_id": None}
 PROMPTS = [[7, 30, 12, 5], [40], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
-GREEDY = Draw(Filters(), 1.0, False)
+GREEDY = Draw(None, 1.0, False)
 
 
 def random_model(mesh: jax.sharding.Mesh, raw: dict) -> LanguageModel:
@@ -74,6 +73,26 @@ def test_new_lengths_compile_nothing_new(mesh):
         assert len(out.tokens) == min(4, max(1, 128 - length))
     # The caches, a step, and the four widths of chunks up to 128 tokens.
     assert sum(map(len, fresh.programs.values())) == 6
+
+
+def test_new_values_of_sampling_compile_nothing_new(mesh):
+    fresh = random_model(mesh("ep=1,tp=1"), RAW)
+
+    def programs(**options: float) -> int:
+        moejax.generate(fresh, PROMPTS, max_new_tokens=4, eos_ids=[], **options)
+        return sum(map(len, fresh.programs.values()))
+
+    greedy = programs()
+    assert greedy == 3  # the caches, a chunk, a step
+    sampling = programs(temperature=0.7)
+    assert sampling == greedy + 2
+    others = ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 10**6, "top_p": 0.3, "min_p": 0.2, "seed": 5})
+    assert [programs(temperature=temperature, **other) for temperature in (0.7, 1.3) for other in others] == [
+        sampling
+    ] * 8
+    assert programs() == sampling
+    penalised = programs(repetition_penalty=1.2)
+    assert programs(repetition_penalty=0.8) == penalised > sampling
 
 
 @pytest.mark.parametrize(

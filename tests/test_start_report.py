@@ -10,7 +10,7 @@ from tiny import CONFIGS, write_checkpoint
 
 from moejax.language_model import LanguageModel
 from moejax.loading import load
-from moejax.start_report import bytes_by_class, explain_lines, human_bytes, report_lines
+from moejax.start_report import bytes_by_class, explain_lines, human_bytes, report_lines, training_lines
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_model_without_experts_says_so(tmp_path: Path, mesh: Callable[[str], j
 
 def test_the_classes_hold_every_byte_and_the_fullest_device(folder: Path, mesh: Callable[[str], jax.sharding.Mesh]):
     model = load(folder, mesh=mesh("ep=2,tp=4"))
-    classes = bytes_by_class(model)
+    classes = bytes_by_class(model.parameters().items())
     assert sum(whole for whole, _ in classes.values()) == sum(a.nbytes for a in model.parameters().values())
     held = [
         sum(a.addressable_data(i).nbytes for a in model.parameters().values()) for i in range(model.mesh.devices.size)
@@ -101,3 +101,14 @@ def test_explain_counts_the_bytes_of_one_layer(folder: Path, mesh: Callable[[str
 )
 def test_bytes_for_people(count: float, text: str):
     assert human_bytes(count) == text
+
+
+def test_before_training_it_counts_weights_and_optimizer(folder: Path, mesh: Callable[[str], jax.sharding.Mesh]):
+    model = load(folder, mesh=mesh("ep=4,tp=2"))
+    state = [*model.parameters().items()] * 3
+    lines = training_lines(model, 16, 2, state)
+    assert [line.split()[0] for line in lines] == ["mesh", "strategy", "attention", "memory"]
+    assert "for steps of 2 times 8 sequences" in lines[1]
+    whole = sum(array.nbytes for _, array in state)
+    assert f"of {human_bytes(whole)} weights and optimizer in float32 a device: experts" in lines[3]
+    assert "for steps of 7 sequences" in training_lines(model, 7, 1, state)[1]

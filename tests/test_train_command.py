@@ -207,10 +207,11 @@ def test_a_layer_whose_weights_are_not_finite_is_named_and_ends_the_run(files, t
     assert trained(files, run, "--mesh", "ep=1,tp=1", "--model", str(model), *data) == 1
     said = capsys.readouterr().err.splitlines()
     what = "the loss or a gradient is not finite, first in layer 1"
-    assert f"step 1: {what}; its update is skipped (1 of 3 in a row)" in said[4]
+    assert f"step 1: {what}; its update is skipped (1 of 3 in a row)" in said[5]
     assert f"error: step 3: {what}" in said[-1]
     records = read_records(run / "metrics.jsonl")
-    assert [(record["loss"], record["skipped"]) for record in records] == [(None, 1), (None, 2)]
+    assert [(record["loss"], record["skipped"]) for record in records] == [(None, 1), (None, 2), (None, 3)]
+    assert [record["bad_layer"] for record in records] == [1, 1, 1]
     assert not list((run / "checkpoints").iterdir())
 
 
@@ -294,3 +295,9 @@ def test_a_folder_with_a_run_is_not_taken_for_another(argv, message, files, whol
 def test_help_names_the_signals(capsys):
     assert train.main(["--help"]) == 0
     assert "SIGTERM" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "_EXTRA", ("optax", "no_such_library"))
+    assert main(["train", "--run", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == 'error: train needs no_such_library; pip install "moejax[train]"\n'

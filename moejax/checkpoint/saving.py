@@ -23,7 +23,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     extra_files: Sequence[Path],
     folder: Path,
-    dtype: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes parameters, config.json and other files into a new folder that transformers loads.
@@ -34,12 +34,12 @@ def save_checkpoint(
     device, and process 0 writes.
 
     Args:
-        parameters: role -> array.
+        parameters: role -> array; asked for one after another.
         plan: where each parameter belongs in the checkpoint.
         config: config.json as it was read; its dtype is brought up to date in the spelling that it uses.
         extra_files: files to copy, such as tokenizer.json.
         folder: must not exist, or be empty.
-        dtype: "float32", "bfloat16" or "float16"; None keeps each parameter's own.
+        dtypes: role -> "float32", "bfloat16" or "float16"; None keeps each parameter's own.
         max_shard_bytes: as `write_folder` means it.
 
     Raises:
@@ -47,7 +47,7 @@ def save_checkpoint(
     """
     writes = jax.process_index() == 0
     _agree(occupied(folder) if writes else "", folder)
-    stored = _stored(parameters, plan, dtype)
+    stored = _stored(plan, dtypes or {role: parameters[role].dtype.name for role in plan.pieces})
     tensors = _tensors(parameters, plan, stored)
     fault = ""
     if writes:
@@ -72,10 +72,10 @@ def _agree(fault: str, folder: Path) -> None:
         raise MoejaxError(fault or f"process 0 could not write {folder}; its message says why")
 
 
-def _stored(parameters: Mapping[str, jax.Array], plan: Plan, dtype: str | None) -> dict[str, Stored]:
+def _stored(plan: Plan, dtypes: Mapping[str, str]) -> dict[str, Stored]:
     """All tensors in the order of writing: those of one parameter together."""
     return {
-        piece.tensor: Stored(plan.shapes[piece.tensor], SPELLINGS[dtype or parameters[role].dtype.name])
+        piece.tensor: Stored(plan.shapes[piece.tensor], SPELLINGS[dtypes[role]])
         for roles in _bundles(plan)
         for role in roles
         for piece in plan.pieces[role]

@@ -53,7 +53,8 @@ class LiveProgress:
             self.targets += self._tokens - before
             seconds = (1 - _RECENT) * self._step_seconds + _RECENT * seconds if self.seconds > seconds else seconds
         self._step_seconds = seconds
-        text = _figures(record, (self._until - record["step"]) * seconds)
+        left = (self._until - record["step"]) * seconds if self.seconds else None
+        text = _figures(record, left)
         self._bar.update(self._task, completed=record["step"], description=text)
         due = time.monotonic() - self._shown >= EVERY or record["step"] == self._until
         if not self._live and due:
@@ -74,7 +75,7 @@ class LiveProgress:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _figures(record: Record, left: float) -> str:
+def _figures(record: Record, left: float | None) -> str:
     parts = [f"loss {record['loss']:.4f}", f"{_short(record['tokens_per_s'])} tokens/s"]
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
@@ -83,7 +84,9 @@ def _figures(record: Record, left: float) -> str:
     parts.append(f"dropped {record['dropped']}")
     if record["skipped"]:
         parts.append(f"skipped {record['skipped']}")
-    return "  ".join([*parts, f"{_clock(left)} left"])
+    if left is not None:
+        parts.append(f"{_clock(left)} left")
+    return "  ".join(parts)
 
 
 def _short(value: float) -> str:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from moejax.distributed import replicated_to_host
+from moejax.inference.sampling import Filters
 from moejax.inference.steps import BLOCK, Draw, Drawn, Requests, Step, begin, decode, prefill
 from moejax.language_model import LanguageModel
 from moejax.model import lay
@@ -46,6 +47,8 @@ class Engine:
         eos = np.full(round_up(max(len(eos_ids), 1), 8), -1, np.int32)
         eos[: len(eos_ids)] = eos_ids
         self._eos = self._put(eos)
+        self._filters = draw.filters and self._operands(draw.filters)
+        self._penalty = None if draw.penalty == 1 else self._put(np.float32(draw.penalty))
         self._graph, self._state = model.split()
         key = (model.structure(), jax.tree.structure(self._state), *map(_signature, jax.tree.leaves(self._state)))
         self._programs = model.programs.setdefault(key, {})
@@ -70,12 +73,14 @@ class Engine:
             numbers=self.model.put_rows(numbers, self.lie),
             seed=self._seed,
             eos=self._eos,
+            filters=self._filters,
+            penalty=self._penalty,
         )
         self._decode: jax.stages.Compiled | None = None
         self._budget = 1
         size = min(cache_bucket(max_len), self.model.config.context)
-        arguments = (self._requests,)
-        self._step: Step = self._program(begin, (size, self.draw, self.lie), arguments)(self._state, *arguments)
+        statics, arguments = (size, self.draw.logprobs, self._penalty is not None, self.lie), (self._requests.lengths,)
+        self._step: Step = self._program(begin, statics, arguments)(self._state, *arguments)
         return self._prefill(tokens)
 
     def _prefill(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
@@ -86,7 +91,7 @@ class Engine:
         for first in range(0, padded.shape[1], width):
             chunk = self.model.put_rows(padded[:, first : first + width], self.lie)
             arguments = (self._step, chunk, self._put(np.int32(first)), self._requests)
-            program = program or self._program(prefill, (self.draw, self.lie), arguments)
+            program = program or self._program(prefill, (self.lie,), arguments)
             self._step, new = program(self._state, *arguments)
             drawn.append(new)
         new_tokens, logprobs, _ = self._to_host(drawn[-1])
@@ -117,7 +122,7 @@ class Engine:
         budgets = jax.make_array_from_callback(mine.shape, devices, lambda index: mine[index])
         arguments = (self._step, self.model.put_rows(left, self.lie), budgets, self._requests)
         if self._decode is None:
-            self._decode = self._program(decode, (self.draw, self.lie), arguments)
+            self._decode = self._program(decode, (self.lie,), arguments)
         self._step, drawn = self._decode(self._state, *arguments)
         return self._to_host(drawn)
 
@@ -131,11 +136,20 @@ class Engine:
         assert tokens is not None
         return tokens, logprobs, int(replicated_to_host(drawn.dropped))
 
-    def _put(self, value: np.ndarray | np.integer) -> jax.Array:
+    def _put(self, value: np.ndarray | np.number) -> jax.Array:
         """The same value on every device."""
         value = np.asarray(value)
         sharding = NamedSharding(self.model.mesh, PartitionSpec())
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    def _operands(self, filters: Filters) -> Filters:
+        """As arrays, which any values share a program for."""
+        return Filters(
+            temperature=self._put(np.float32(filters.temperature)),
+            top_k=self._put(np.int32(min(filters.top_k, self.model.config.vocab_size))),
+            top_p=self._put(np.float32(filters.top_p)),
+            min_p=self._put(np.float32(filters.min_p)),
+        )
 
     def _program(self, function: Any, statics: tuple, arrays: tuple) -> jax.stages.Compiled:
         """The compiled `function` for what comes behind the model's structure, and behind its parameters."""

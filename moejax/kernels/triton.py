@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from moejax.precision import precision_of
 from moejax.quantization.mxfp4 import BLOCK, bfloat16_bits
 from moejax.quantization.packed import PackedMatrix
-from moejax.sharding import varying_as
+from moejax.sharding import alike
 
 
 class _Tile(NamedTuple):
@@ -128,7 +128,7 @@ def _call(
     interpret: bool,
     *operands: jax.Array,
 ) -> jax.Array:
-    operands = tuple(varying_as(operand, *operands) for operand in operands)
+    operands = alike(*operands)
     out = jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operands[0]).manual_axis_type)
     # Named, since without it Pallas on a GPU means another compiler.
     params = plt.CompilerParams(num_warps=warps, num_stages=stages)

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,8 @@ from orbax.checkpoint import checkpoint_managers
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.run_checkpoints.neutral import NeutralForm
-from moejax.run_checkpoints.stored import STATE, StoredState, array_handler, record_of
+from moejax.run_checkpoints.sealing import SealedSave, SealingHandler
+from moejax.run_checkpoints.stored import STATE, StoredState
 
 
 class Checkpoints:
@@ -42,14 +44,7 @@ class Checkpoints:
                 "the newest checkpoint"
             )
         self.folder = folder
-        kept = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep_last),
-                checkpoint_managers.BestN(
-                    get_metric_fn=_score, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+        kept = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), _Lowest(keep_best)])
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=_score, best_mode="min")
         with _told(folder):
             if jax.process_index() == 0:
@@ -57,7 +52,7 @@ class Checkpoints:
                 for unfinished in ocp.utils.tmp_checkpoints(folder):
                     shutil.rmtree(unfinished.get())
             self._manager = ocp.CheckpointManager(
-                folder.absolute(), options=options, item_handlers={STATE: array_handler()}
+                folder.absolute(), options=options, item_handlers={STATE: SealingHandler()}
             )
         self._forms: dict[Any, NeutralForm] = {}
 
@@ -93,16 +88,15 @@ class Checkpoints:
           MoejaxError: the step is there already, or this save or the one before it cannot be written.
         """
         arrays = self._form(state, config, mesh).of(state)
-        metrics = {"score": float(score)} if score is not None and math.isfinite(score) else None
+        comparable = score is not None and math.isfinite(score)
         with _told(self.folder):
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 raise MoejaxError(f"{self.folder / str(step)} is there already; move it away to save this step again")
             self._manager.save(
                 step,
-                args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays)}),
-                metrics=metrics,
-                custom_metadata=record_of(data_state),
+                args=ocp.args.Composite(**{STATE: SealedSave(arrays, data=data_state)}),
+                metrics={"score": float(score) if comparable else None},
                 force=True,
             )
 
@@ -110,7 +104,7 @@ class Checkpoints:
         """The newest step that is saved, or None."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: Any, config: ModelConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
+    def restore(self, step: int, like: Any, config: ModelConfig, mesh: Mesh) -> tuple[Any, Mapping[str, Any] | None]:
         """Reads a step, each device its part.
 
         Args:
@@ -161,11 +155,25 @@ def _told(folder: Path) -> Iterator[None]:
     except MoejaxError:
         raise
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        # tensorstore names all that it was about before the cause.
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split()).rpartition(": ")[2]
         raise MoejaxError(
             f"cannot keep checkpoints in {folder}: {reason}; make room or name another folder, and resume"
         ) from error
 
 
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["score"]
+@dataclass
+class _Lowest(checkpoint_managers.PreservationPolicy):
+    """Keeps the `n` checkpoints with the lowest scores; orbax' own would keep those without one among them."""
+
+    n: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scored = [info for info in checkpoints if info.metrics and _score(info.metrics) < math.inf]
+        best = sorted(scored, key=lambda info: _score(info.metrics))[: self.n]
+        return [info in best for info in checkpoints]
+
+
+def _score(metrics: Mapping[str, float | None]) -> float:
+    score = metrics["score"]
+    return math.inf if score is None else score

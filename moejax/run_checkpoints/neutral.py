@@ -78,6 +78,7 @@ def _changed(
 ) -> Iterator[tuple[str, StoredForm]]:
     """Names of the leaves that the mesh stores otherwise than one device, and how."""
     shapes = {_name(path): leaf.shape for path, leaf in leaves}
+    assert all(f"{PARAMETERS}{role}" in shapes for role in forms), "the state lacks parameters of the model"
     for path, leaf in leaves:
         role = getattr(path[-1], "key", None) if path else None
         if role in forms and forms[role].axes and leaf.shape == shapes.get(f"{PARAMETERS}{role}"):

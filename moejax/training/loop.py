@@ -80,7 +80,6 @@ class Loop:
       watcher: live progress.
       flops: of one step, for the MFU.
       progress: how far the run is.
-      last: the last record.
     """
 
     recipe: Recipe
@@ -95,7 +94,6 @@ class Loop:
     watcher: Watcher
     flops: float
     progress: Progress = field(default_factory=Progress)
-    last: Record = field(default_factory=dict)
     _saved: int = 0
     _clock: float = 0.0
 
@@ -168,7 +166,6 @@ class Loop:
         else:
             progress.skipped += 1
             progress.skipped_in_row += 1
-            self._warn(step, int(m.bad_layer))
         record: Record = {
             "step": step,
             "loss": float(m.loss),
@@ -184,19 +181,22 @@ class Loop:
         }
         if peak := self.recipe.metrics.peak_flops:
             record["mfu"] = self.flops / seconds / peak
+        if not m.finite:
+            record["bad_layer"] = int(m.bad_layer)
         record |= router_record(self.step.config, m.tokens_per_expert, m.router_entropy)
-        self.last = record
         return record
-
-    def _warn(self, step: int, layer: int) -> None:
-        where = f"layer {layer}" if layer >= 0 else "no layer, but beside them"
-        count, limit = self.progress.skipped_in_row, self.recipe.optimizer.max_skipped
-        what = f"step {step}: the loss or a gradient is not finite, first in {where}"
-        if count < limit:
-            return self.watcher.warn(f"{what}; its update is skipped ({count} of {limit} in a row)")
-        raise DivergedError(f"{what}, and it is so for {count} steps in a row")
 
     def _write(self, record: Record) -> None:
         for sink in self.sinks:
             sink.write(record)
         self.watcher.record(record)
+        if "bad_layer" in record:
+            self._warn(record["step"], record["bad_layer"])
+
+    def _warn(self, step: int, layer: int) -> None:
+        where = f"layer {layer}" if layer >= 0 else "no layer, but beside them"
+        count, limit = self.progress.skipped_in_row, self.recipe.optimizer.max_skipped
+        what = f"step {step}: the loss or a gradient is not finite, first in {where}"
+        if count >= limit:
+            raise DivergedError(f"{what}, and it is so for {count} steps in a row")
+        self.watcher.warn(f"{what}; its update is skipped ({count} of {limit} in a row)")

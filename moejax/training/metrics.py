@@ -1,12 +1,14 @@
 """What a step is called in every sink: one flat record a step, names with slashes, layers by two digits.
 
-    step, loss, tokens_per_s, tokens, seconds, learning_rate, grad_norm, balance_loss, z_loss, dropped, skipped, mfu
+    step, loss, tokens_per_s, tokens, seconds, learning_rate, grad_norm, balance_loss, z_loss, dropped, skipped, mfu,
+    bad_layer
     router/load_max_over_mean/layer_07, router/entropy/layer_07, router/load/layer_07
     eval/loss/<name>, eval/bits_per_byte/<name>, eval/router/load/<name>/layer_07
 
 `tokens` are the targets learned so far, `seconds` those of this step, losses in nats. `router/load` is a list, the
 share of each expert in a layer's pairs, and is in metrics.jsonl alone. `mfu` is there where the recipe states a peak,
-`eval/` where the step was followed by an evaluation. A value that is not finite is null in JSON.
+`eval/` where the step was followed by an evaluation, `bad_layer` where a loss or gradient was not finite: the first
+layer that shows it, or -1. A value that is not finite is null in JSON.
 """
 
 from collections.abc import Mapping, Sequence

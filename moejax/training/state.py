@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
 from moejax.config import ModelConfig
@@ -16,6 +16,9 @@ from moejax.loading import abstract_decoder
 from moejax.model import Decoder
 from moejax.stored_forms import stored_forms
 from moejax.training.zero import spread
+
+# Auto axes, as all of the model's meshes have; JAX's own default for an abstract mesh has changed.
+_ALONE = AbstractMesh((1, 1), ("ep", "tp"), axis_types=(AxisType.Auto,) * 2)
 
 
 @struct.dataclass
@@ -72,7 +75,7 @@ def random_parameters(config: ModelConfig, mesh: Mesh, seed: int = 0) -> dict[st
     forms = stored_forms(config, mesh)
 
     def make() -> dict[str, jax.Array]:
-        alone = Decoder(config, mesh=jax.sharding.AbstractMesh((1, 1), ("ep", "tp")), rngs=nnx.Rngs(seed))
+        alone = Decoder(config, mesh=_ALONE, rngs=nnx.Rngs(seed))
         values = {role_of(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(alone))}
         return {role: forms[role].expand(value) for role, value in values.items()}
 
