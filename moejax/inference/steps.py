@@ -25,7 +25,7 @@ from moejax.nn.cache import Cache
 from moejax.nn.places import chunk_positions
 from moejax.sharding import place
 
-BLOCK = 16
+BLOCK = 32
 """The most tokens of a row that one dispatch draws: what is streamed then still comes in small pieces."""
 
 

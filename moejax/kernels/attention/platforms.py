@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from moejax.kernels.attention import blockwise, native
 from moejax.kernels.attention.sight import Keys, Queries
-from moejax.kernels.device import choose
+from moejax.kernels.device import choose, device_of, roomy
 from moejax.sharding import alike
 
 Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
@@ -86,7 +86,7 @@ def _forward(
 def _on_cuda(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
     from moejax.kernels.attention import triton
 
-    return triton.forward(*operands, scale=scale)
+    return triton.forward(*operands, scale=scale, roomy=roomy(device_of(operands[0])))
 
 
 def _in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
