@@ -1,16 +1,20 @@
-"""Which kernel an NVIDIA GPU runs, and that all of them compile for an H100 without one."""
+"""Which kernel an NVIDIA GPU runs, and that all of them compile for an H100 and others without one."""
 
+import re
+from importlib import resources
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from grouped_cases import check_marks, compile_all
+from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from moejax.kernels import cuda, device, triton
 from moejax.kernels.linear import linear
+from moejax.nn.attend import attend_places
 from moejax.planning.topologies import h100_mesh
 from moejax.quantization.packed import PackedMatrix
 
@@ -108,3 +112,46 @@ def test_packed_matrices_compile_for_an_h100(dtype, transposed):
     program = mapped.lower(x, w, struct((16,), jnp.int32)).compile()
     rows = 0 if transposed else 512 * 1024 * dtype(0).itemsize
     assert program.memory_analysis().temp_size_in_bytes < 8192 + rows
+
+
+def mesh_with(kind, capability, shared):
+    """One GPU that is described as an H100 with this capability and this much shared memory for a program."""
+    text = (resources.files("moejax.planning") / "h100.txtpb").read_text(encoding="utf-8")
+    major, minor = capability
+    for pattern, value in (
+        (r"major: 9 minor: 0", f"major: {major} minor: {minor}"),
+        (r"shared_memory_per_block_optin: \d+", f"shared_memory_per_block_optin: {shared}"),
+        (r"shared_memory_per_core: \d+", f"shared_memory_per_core: {shared + 1024}"),
+        (r'device_description_str: ".*"', f'device_description_str: "{kind}"'),
+    ):
+        text, count = re.subn(pattern, value, text)
+        assert count == 1, pattern
+    described = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=text, topology="1x1x1")
+    return jax.make_mesh((1,), ("ep",), axis_types=(AxisType.Auto,), devices=described.devices)
+
+
+@pytest.mark.deviceless
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(
+    "gpu", [("NVIDIA A100-SXM4-80GB", (8, 0), 166912), ("NVIDIA GeForce RTX 4090", (8, 9), 101376)]
+)
+def test_tiles_fit_into_the_shared_memory_of_other_gpus(gpu):
+    pytest.importorskip("jax_cuda12_plugin", reason="needs JAX's CUDA plugin")
+    mesh, struct = mesh_with(*gpu), jax.ShapeDtypeStruct
+    sizes = struct((4,), jnp.int32)
+
+    def compiles(function, *operands):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        jax.jit(mapped).lower(*operands).compile()
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for rows in (4, 256, 2048):
+            x, dy, w = (struct(shape, dtype) for shape in ((rows, 256), (rows, 512), (4, 256, 512)))
+            compiles(lambda x, w, s: cuda.products(x, w, s, transposed=False, out_dtype=x.dtype), x, w, sizes)
+            compiles(lambda x, dy, s: cuda.weight_gradient(x, dy, s, groups=4, out_dtype=x.dtype), x, dy, sizes)
+    packed = PackedMatrix(struct((4, 512, 8, 16), jnp.uint8), struct((4, 512, 8), jnp.uint8))
+    x = struct((2048, 256), jnp.bfloat16)
+    compiles(lambda x, w, s: cuda.products(x, w, s, transposed=False, out_dtype=x.dtype), x, packed, sizes)
+    for width in (64, 128, 192, 256, 576):
+        q, k = (struct(shape, jnp.bfloat16) for shape in ((1, 64, 4, width), (1, 1, 256, width)))
+        compiles(attend_places, q, k, k, struct((1, 64), jnp.int32), struct((1, 256), jnp.int32))
