@@ -25,7 +25,7 @@ class LanguageModel:
 
     Attributes:
       config: sizes and switches.
-      decoder: the flax.nnx module, parameters in place.
+      decoder: the flax.nnx module, parameters in place. New values may be put into it, new modules may not.
       mesh: with axes ("ep", "tp").
       options: strategy, capacity factor, chunks.
       folder: where the checkpoint is.
@@ -33,7 +33,7 @@ class LanguageModel:
       generation_config: generation_config.json, or {}.
       tokenizer: None where the folder has no tokenizer.json.
       left_out: parts of the checkpoint that are not of the decoder, by name.
-      programs: compiled generation steps by shape, kept for later calls.
+      programs: compiled generation steps, by the decoder's structure and then by shape, kept for later calls.
     """
 
     config: ModelConfig
@@ -46,6 +46,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     left_out: tuple[str, ...] = ()
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _taken: "_Parts | None" = field(default=None, init=False, repr=False)
 
     def __call__(
         self,
@@ -85,8 +86,19 @@ class LanguageModel:
         return out if any(flags) else out.logits
 
     def split(self) -> tuple[Any, Any]:
-        """The decoder as compiled functions take it: its static structure and its parameters."""
-        return nnx.split(self.decoder)
+        """The decoder as compiled functions take it: its static structure and its parameters as they are now."""
+        parts = self._parts()
+        return parts.structure.graph, nnx.from_flat_state(parts.variables)
+
+    def structure(self) -> "Structure":
+        """The same structure as a key, hashed once."""
+        return self._parts().structure
+
+    def _parts(self) -> "_Parts":
+        """Taken apart once, since for a deep decoder that takes as long as a short prompt."""
+        if self._taken is None or self._taken.decoder is not self.decoder:
+            self._taken = _Parts.of(self.decoder)
+        return self._taken
 
     def parameters(self) -> dict[str, jax.Array]:
         """Role -> array, such as "layers.0.moe.gate_up"."""
@@ -103,6 +115,35 @@ def put_rows(rows: np.ndarray, lie: Lie) -> jax.Array:
     full[: len(rows)] = rows
     sharding = NamedSharding(lie.stream.mesh, lie.stream.batch_spec)
     return jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])
+
+
+class Structure:
+    """A decoder's structure that equals others by value; its hash, which takes a millisecond, is kept."""
+
+    def __init__(self, graph: Any):
+        """Wraps what `nnx.split` gives."""
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and (self.graph is other.graph or self.graph == other.graph)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A decoder, its structure, and the variables in it by path."""
+
+    decoder: Decoder
+    structure: Structure
+    variables: Sequence[tuple[Any, nnx.Variable]]
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "_Parts":
+        nodes = nnx.iter_graph(decoder)
+        variables = [(path, node) for path, node in nodes if isinstance(node, nnx.Variable)]
+        return cls(decoder, Structure(nnx.split(decoder)[0]), variables)
 
 
 def role_of(path: Sequence[Any]) -> str:

@@ -4,7 +4,7 @@ Axes of size 1 are left out of every spec and every collective, so that a progra
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,19 @@ def varying_as(x: jax.Array, *others: jax.Array) -> jax.Array:
     """Inside shard_map: marks `x` as differing along every axis along which one of `others` does."""
     axes = frozenset[str]().union(*(jax.typeof(other).manual_axis_type.varying for other in others))
     return varying(x, sorted(axes))
+
+
+Operands = TypeVarTuple("Operands")
+
+
+def alike(*operands: *Operands) -> tuple[*Operands]:
+    """Inside shard_map: marks each array of the operands as differing along every axis along which any of them does.
+
+    So are the operands of a custom gradient, lest they differ inside it: the marks' own transpose then sums each
+    gradient over the devices that share its operand.
+    """
+    leaves = jax.tree.leaves(operands)
+    return jax.tree.map(lambda x: varying_as(x, *leaves), operands)
 
 
 def psum(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices and strict dtype promotion for all tests, and fixtures that start other processes."""
+"""Eight virtual CPU devices (or `where`) and strict dtype promotion for all tests, fixtures that start processes."""
 
 import os
 import signal
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from where import PLATFORM, fits
 
 # LLVM at its lowest level compiles a third faster, and tests mostly compile. What XLA itself does stays the same.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
+if PLATFORM == "cpu":  # an accelerator's programs are the ones that users run
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Commands that run in this process would keep their programs in the user's cache, and find there those of before.
@@ -38,10 +40,15 @@ def forget_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def mesh() -> Callable[[str], jax.sharding.Mesh]:
-    """Makes the mesh of a spec such as "ep=4,tp=2"."""
+    """Makes the mesh of a spec such as "ep=4,tp=2"; skips the test where accelerators are too few for it."""
     from moejax.mesh import make_mesh
 
-    return make_mesh
+    def make(spec: str) -> jax.sharding.Mesh:
+        if not fits(spec):
+            pytest.skip(f"{spec} needs more than {len(jax.devices())} {PLATFORM} devices")
+        return make_mesh(spec)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from moejax.run_checkpoints.stored import StoredState, saved_steps
 from moejax.training.sinks import read_records
 
 # 6 experts of width 19, 6 heads on 1 key/value head, an odd vocabulary: no mesh divides them.
-RAW = CONFIGS["qwen3_yarn"] | {"num_hidden_layers": 2, "vocab_size": 4099}
+RAW = CONFIGS["qwen3_yarn"] | {"num_hidden_layers": 1, "mlp_only_layers": [], "vocab_size": 4099}
 RECIPE = """
 steps = 200
 dtype = "float32"
@@ -44,6 +45,13 @@ WORDS = "the king said that his house stood by the sea and all the people came t
 UNFINISHED = "orbax-checkpoint-tmp"
 MESH = "ep=4,tp=2"
 Moment = Callable[[], bool]
+
+
+class Kill(NamedTuple):
+    """Whether a run was killed, and not at its end before, and whether it was saving then."""
+
+    done: bool
+    in_save: bool
 
 
 class Drill:
@@ -77,12 +85,12 @@ class Drill:
         finally:
             process.kill()
 
-    def kill(self, run: str, steps: int, moment: Moment) -> bool:
-        """Begins or continues a run and kills it when `moment` has come; False if its last step came first.
+    def kill(self, run: str, steps: int, moment: Moment) -> Kill:
+        """Begins or continues a run and kills it when `moment` has come.
 
         Also checks that it continued from the newest save, and that what it leaves is sound.
         """
-        before = self.saved(run)
+        before, older = self.saved(run), self.unfinished(run)
         process = self.start(run, steps, MESH)
         deadline = time.monotonic() + 600
         while process.poll() is None and not moment():
@@ -101,15 +109,16 @@ class Drill:
         assert newest >= max(before, default=0)
         if newest:
             self.state(run, newest)
-        return code != 0
+        return Kill(code != 0, bool(self.unfinished(run) - older))
 
     def saved(self, run: str) -> list[int]:
         return saved_steps(self.root / run / "checkpoints")
 
-    def saving(self, run: str) -> bool:
-        """Whether files of a save are there that is not finished."""
+    def unfinished(self, run: str) -> set[tuple[str, int]]:
+        """Name and inode of what saves have written that are not finished."""
         folder = self.root / run / "checkpoints"
-        return folder.is_dir() and any(UNFINISHED in entry for entry in os.listdir(folder))
+        entries = os.scandir(folder) if folder.is_dir() else ()
+        return {(entry.name, entry.inode()) for entry in entries if UNFINISHED in entry.name}
 
     def after_start(self, seconds: float) -> Moment:
         """So long after now, or with the first step."""
@@ -123,11 +132,10 @@ class Drill:
 
     def in_save(self, run: str, count: int, delay: float) -> Moment:
         """A time after so many more saves have begun."""
-        seen: set[str] = set()
+        before, seen = self.unfinished(run), set()
 
         def begun() -> bool:
-            folder = self.root / run / "checkpoints"
-            seen.update(entry for entry in os.listdir(folder) if UNFINISHED in entry) if folder.is_dir() else None
+            seen.update(self.unfinished(run) - before)
             return len(seen) >= count
 
         return _delayed(begun, delay)

@@ -55,6 +55,27 @@ def test_equals_the_blocks(shape, rule, isa):
         assert np.isfinite(logs).all()
 
 
+@pytest.mark.parametrize("isa", range(len(instruction_sets())), ids=instruction_sets())
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_equal_the_blocks(shape, rule, isa):
+    for dtype, bound in ((jnp.float32, 1e-6), (jnp.bfloat16, 2**-6)):
+        q, k, v, sinks, queries, keys = case(shape, rule, dtype)
+        out, logs = blocks((q, k, v, sinks, queries, keys))
+        dout = normal(np.random.default_rng(1), *out.shape).astype(dtype)
+        operands = (q, k, v, queries, keys, out, logs, dout)
+        got = jax.jit(functools.partial(native.backward, scale=0.3, isa=isa))(*operands)
+        want = gradients_of_blocks(*operands)
+        for name, a, b, like in zip("qkv", got, want, (q, k, v), strict=True):
+            assert a.dtype == dtype and a.shape == like.shape
+            assert relative(a.astype(jnp.float32), b.astype(jnp.float32)) < bound, name
+
+
+@jax.jit
+def gradients_of_blocks(*operands):
+    return blockwise.backward(*operands, scale=0.3, dtype=jnp.float32)
+
+
 @jax.jit
 def blocks(operands):
     return blockwise.forward(*operands, scale=0.3, dtype=jnp.float32)

@@ -1,24 +1,29 @@
 """The bench command: its examples run, what it prints, and mistakes."""
 
+import argparse
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from moejax.benchmarks import plot, probes
-from moejax.commands import bench
+from moejax.commands import bench, bench_runs
 from moejax.commands.bench_tables import table_of
 from moejax.commands.main import main
+from moejax.errors import MoejaxError
 
 
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch):
     monkeypatch.setattr(probes, "_SIZES", {"cpu": (64,)})
-    monkeypatch.setattr(probes, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(probes, "_READ_BYTES", {"cpu": 1 << 20})
 
 
 def result_of(arguments: list[str], capsys) -> dict:
@@ -166,3 +171,18 @@ def test_a_plot_is_drawn_of_every_benchmark(suffix, tmp_path):
         file = tmp_path / f"{name}{suffix}"
         plot.draw(plot.panels_of({"benchmark": name} | facts), str(file))
         assert file.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "allowed", "message"),
+    [
+        ("gpu", 2, ("cpu", "cuda"), "compares one GPU, not 2; use --mesh ep=1,tp=1 or --platform cpu"),
+        ("gpu", 1, ("cpu",), "does not compare this on cuda; add --platform cpu"),
+        ("tpu", 1, ("cpu", "cuda"), "does not compare this on tpu; add --platform cpu"),
+    ],
+)
+def test_where_a_peer_cannot_compare(platform, devices, allowed, message):
+    device = SimpleNamespace(platform=platform)
+    mesh = SimpleNamespace(devices=np.array([device] * devices), size=devices)
+    with pytest.raises(MoejaxError, match=re.escape(message)):
+        bench_runs._check_versus(argparse.Namespace(vs="transformers"), mesh, allowed)

@@ -38,7 +38,7 @@ class _Peer:
 
 def test_limits_are_the_best_of_all_ways(monkeypatch):
     monkeypatch.setattr(probes, "_SIZES", {"cpu": (64,)})
-    monkeypatch.setattr(probes, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(probes, "_READ_BYTES", {"cpu": 1 << 20})
     own = probes.matrix_peak("float32"), probes.read_bandwidth()
     assert 1e6 < own[0].rate < 1e15 and own[0].by in ("XLA 64", "grouped_matmul 64")
     assert 1e6 < own[1].rate < 1e13 and own[1].by in ("XLA row", "grouped_matmul row", "XLA sum")

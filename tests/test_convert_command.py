@@ -95,6 +95,16 @@ def test_dtype_is_that_of_the_weights_and_of_the_config(run, tmp_path, capsys):
     assert moejax.load(tmp_path / "hf").parameters()["embed"].dtype == jnp.float32
 
 
+def test_values_beyond_float16_are_refused(mixed, tmp_path, capsys):
+    values = load_file(mixed / "model.safetensors")
+    values["model.norm.weight"] = np.full_like(values["model.norm.weight"], 1e5)
+    save_file(values, mixed / "model.safetensors", metadata={"format": "pt"})
+    assert convert.main([str(mixed), str(tmp_path / "run"), "--to", "orbax"]) == 0
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf", "--dtype", "float16"]) == 2
+    assert "error: model.norm.weight has values beyond float16's range (65504)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixed", "run"]
+
+
 def test_the_example_in_the_help_runs(tmp_path, capsys):
     assert convert.main(["--help"]) == 0
     words = capsys.readouterr().out.splitlines()[-1].split()

@@ -43,6 +43,7 @@ def test_pairs_are_sorted_by_expert_then_by_token(routing):
     experts = np.asarray(routing.experts).reshape(-1)
     by_expert = np.where(experts == NOWHERE, EXPERTS, experts)
     np.testing.assert_array_equal(np.argsort(position), np.argsort(by_expert, kind="stable"))
+    np.testing.assert_array_equal(plan.order, np.argsort(position))
     np.testing.assert_array_equal(plan.counts, np.bincount(by_expert, minlength=EXPERTS + 1)[:EXPERTS])
     np.testing.assert_array_equal(plan.expert, by_expert)
     np.testing.assert_array_equal(plan.rank, [(by_expert[:i] == e).sum() for i, e in enumerate(by_expert)])

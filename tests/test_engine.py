@@ -17,14 +17,13 @@ from moejax.families import read_config
 from moejax.inference import engine as module
 from moejax.inference.engine import Engine, cache_bucket, chunk_size
 from moejax.inference.generate import Timing
-from moejax.inference.sampling import Filters
 from moejax.inference.steps import Draw, decode
 from moejax.language_model import LanguageModel
 from moejax.model import Decoder, Options
 
 RAW = CONFIGS["mixtral_plain"] | {"num_hidden_layers": 1, "eos_token_id": None}
 PROMPTS = [[7, 30, 12, 5], [40], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
-GREEDY = Draw(Filters(), 1.0, False)
+GREEDY = Draw(None, 1.0, False)
 
 
 def random_model(mesh: jax.sharding.Mesh, raw: dict) -> LanguageModel:
@@ -52,8 +51,12 @@ def model(mesh) -> LanguageModel:
     ],
 )
 def test_chunks_are_powers_of_two_within_the_bound(longest, rows, size):
-    assert chunk_size(longest, rows) == size
-    assert chunk_size(9000, 10_000) == module.LEAST_CHUNK
+    assert chunk_size(longest, rows, "cpu") == size
+    assert chunk_size(9000, 10_000, "cpu") == module.LEAST_CHUNK
+
+
+def test_a_gpu_runs_more_at_once():
+    assert [chunk_size(9000, rows, "gpu") for rows in (1, 8, 64)] == [2048, 2048, 256]
 
 
 def test_caches_come_in_few_sizes_and_waste_little():
@@ -69,7 +72,27 @@ def test_new_lengths_compile_nothing_new(mesh):
         (out,) = moejax.generate(fresh, [[5] * length], max_new_tokens=4, eos_ids=[])
         assert len(out.tokens) == min(4, max(1, 128 - length))
     # The caches, a step, and the four widths of chunks up to 128 tokens.
-    assert len(fresh.programs) == 6
+    assert sum(map(len, fresh.programs.values())) == 6
+
+
+def test_new_values_of_sampling_compile_nothing_new(mesh):
+    fresh = random_model(mesh("ep=1,tp=1"), RAW)
+
+    def programs(**options: float) -> int:
+        moejax.generate(fresh, PROMPTS, max_new_tokens=4, eos_ids=[], **options)
+        return sum(map(len, fresh.programs.values()))
+
+    greedy = programs()
+    assert greedy == 3  # the caches, a chunk, a step
+    sampling = programs(temperature=0.7)
+    assert sampling == greedy + 2
+    others = ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 10**6, "top_p": 0.3, "min_p": 0.2, "seed": 5})
+    assert [programs(temperature=temperature, **other) for temperature in (0.7, 1.3) for other in others] == [
+        sampling
+    ] * 8
+    assert programs() == sampling
+    penalised = programs(repetition_penalty=1.2)
+    assert programs(repetition_penalty=0.8) == penalised > sampling
 
 
 @pytest.mark.parametrize(
@@ -99,7 +122,7 @@ def test_dispatches_grow_as_long_as_a_stream_looks_alive(model, monkeypatch):
         engine.start(np.array([[1, 2]], np.int32), np.array([2]), 0, 100)
         return [len(engine.step(np.array([left], np.int32), **bound)[0]) for left in lefts]
 
-    assert taken([60, 59, 57, 53, 45, 29]) == [1, 2, 4, 8, 16, 16]
+    assert taken([90, 89, 87, 83, 75, 59, 27]) == [1, 2, 4, 8, 16, 32, 27]
     assert taken([60, 59, 57, 3]) == [1, 2, 4, 3]
     assert taken([60, 59, 57], most=2) == [1, 2, 2]
     monkeypatch.setattr(module, "STREAM_S", 0.0)
@@ -124,7 +147,8 @@ def test_a_decoding_program_copies_neither_weights_nor_caches(mesh, spec, batch)
     engine.start(np.ones((batch, 4), np.int32), np.full(batch, 4), 0, 4000)
     caches = local_sizes(engine._step.caches)
     engine.step(np.ones(batch, np.int32))
-    (program,) = (compiled for (function, *_), compiled in model.programs.items() if function is decode)
+    (programs,) = model.programs.values()
+    (program,) = (compiled for (function, *_), compiled in programs.items() if function is decode)
     assert program.memory_analysis().alias_size_in_bytes >= 4 * sum(caches)
     copies = [prod(int(n) for n in dims.split(",") if n) for dims in COPY.findall(program.as_text())]
     assert copies, "the pattern finds none at all"

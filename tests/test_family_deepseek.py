@@ -16,7 +16,6 @@ from moejax.config import LatentAttentionConfig, MoEConfig, NormConfig, RopeConf
 from moejax.errors import MoejaxError
 from moejax.families import family_of, read_config, unknown_fields
 from moejax.inference.engine import Engine
-from moejax.inference.sampling import Filters
 from moejax.inference.steps import Draw
 from moejax.opening import checkpoint_plan
 from moejax.quantization import fp8
@@ -225,7 +224,7 @@ def test_an_fp8_checkpoint_is_the_unquantised_one(kimi, tmp_path):
 def test_caches_hold_one_latent_a_token_and_layer(kimi):
     """Rows are cut over ep; a device's part is the latents of its rows, whatever its heads."""
     model = moejax.load(kimi[0], mesh=moejax.make_mesh("ep=2,tp=2"))
-    engine = Engine(model, 2, Draw(Filters(), 1.0, False), 0)
+    engine = Engine(model, 2, Draw(None, 1.0, False), 0)
     engine.start(np.ones((2, 5), np.int32), np.array([5, 3], np.int32), 0, 30)
     for _ in range(2):
         assert len(engine._step.caches) == 2

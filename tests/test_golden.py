@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny import CONFIGS, sparse_layers, write_checkpoint
+from where import fitting
 
 import moejax
 
@@ -60,7 +61,7 @@ def case(request, tmp_path_factory) -> Case:
     folder = write_checkpoint(
         tmp_path_factory.mktemp(name), CONFIGS[name] | {"eos_token_id": None}, seed=int(golden["seed"])
     )
-    return Case(name, golden, moejax.load(str(folder), mesh=moejax.make_mesh(MESHES[name]), dtype="float32"))
+    return Case(name, golden, moejax.load(str(folder), mesh=moejax.make_mesh(fitting(MESHES[name])), dtype="float32"))
 
 
 @pytest.fixture(scope="module")

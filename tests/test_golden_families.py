@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny import CONFIGS as FORMER
 from tiny_families import CONFIGS, FIRST, gives_probabilities
+from where import fitting
 
 import moejax
 from moejax.families import read_config
@@ -50,7 +51,7 @@ def case(request, tmp_path_factory) -> Case:
     golden = load_golden(name)
     folder = tmp_path_factory.mktemp(name)
     write_checkpoint(folder, without_end(CONFIGS[name]), seed=int(golden["seed"]))
-    model = moejax.load(folder, mesh=moejax.make_mesh("ep=4,tp=2"), dtype="float32")
+    model = moejax.load(folder, mesh=moejax.make_mesh(fitting("ep=4,tp=2")), dtype="float32")
     output = model(golden["tokens"], output_router_logits=True, output_hidden_states=True)
     return Case(name, golden, model, output)
 

@@ -238,6 +238,19 @@ def test_long_sequences_are_scored_in_blocks_of_queries(mesh, tmp_path, spec: st
     assert relative(np.asarray(model(tokens))[:, -20:], short[:, -20:]) <= 1e-5
 
 
+def test_new_values_of_parameters_count_and_so_does_a_new_decoder(mesh, folder, logits):
+    """The decoder is taken apart once, its values are read at each call."""
+    changed, other = (moejax.load(folder, mesh=mesh("ep=1,tp=1")) for _ in range(2))
+    assert np.array_equal(changed(TOKENS), other(TOKENS))
+    norm = changed.decoder.norm.weight
+    norm[...] = 2 * norm[...]
+    doubled = np.asarray(changed(TOKENS))
+    assert relative(doubled, 2 * logits) <= 1e-5
+    assert changed.structure() == other.structure() and changed.structure() is changed.structure()
+    other.decoder = changed.decoder
+    assert np.array_equal(other(TOKENS), doubled)
+
+
 def test_bad_options_of_the_blocks_are_named_at_the_first_call(parallel):
     for options, message in [
         (Options(chunks=3), "chunks=3 does not divide the 2 expert slots of a device"),

@@ -16,7 +16,7 @@ PREFILL = [Case(MIXTRAL), Case(GPT_OSS, slices=4), Case(DEEPSEEK, chunk=256)]
 DECODE = [Case(MIXTRAL, chunk=1), Case(GPT_OSS, chunk=1), Case(DEEPSEEK, chunk=1), Case(MIXTRAL, batch=1, chunk=1)]
 SHARES = 32
 """The most programs of the attention kernel that share out the keys of one query, at 8k places."""
-KERNELS = {"mosaic_gpu_v2", "__gpu$xla.gpu.triton"}
+KERNELS = {"__gpu$xla.gpu.triton"}
 """Custom calls of our own kernels; all else must be visible to `dot_flops`."""
 
 

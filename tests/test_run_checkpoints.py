@@ -175,7 +175,9 @@ def test_a_save_that_fails_is_told_and_leaves_the_one_before(folder, mesh, tmp_p
 
     monkeypatch.setattr(sealing, "seal", full)
     checkpoints.save(2, state, config, one)
-    with pytest.raises(MoejaxError, match=f"cannot keep checkpoints in {tmp_path}: No space left on device; make room"):
+    with pytest.raises(
+        MoejaxError, match=f"cannot keep checkpoints in {tmp_path}: No space left on device; make room or name"
+    ):
         checkpoints.close()
     assert kept(tmp_path) == [1]
     with Checkpoints(tmp_path) as again:

@@ -17,6 +17,8 @@ from moejax.inference.sampling import (
 )
 
 V = 12
+kept_scores = jax.jit(filtered)
+drawn = jax.jit(sample)
 # Few distinct values, so that ties are common; far enough apart that no threshold falls within rounding.
 logit_rows = st.lists(st.lists(st.integers(-6, 6), min_size=V, max_size=V), min_size=3, max_size=3).map(
     lambda rows: np.array(rows, np.float32) / 2
@@ -60,7 +62,7 @@ def slow_kept(logits: list[float], filters: Filters) -> set[int]:
 @given(logit_rows, filter_sets)
 @settings(max_examples=60, deadline=None)
 def test_filters_keep_what_the_rules_say(logits, filters):
-    scores = np.asarray(filtered(jnp.asarray(logits), filters))
+    scores = np.asarray(kept_scores(jnp.asarray(logits), filters))
     for row, kept in zip(logits, scores, strict=True):
         assert set(np.flatnonzero(kept > -np.inf)) == slow_kept(row, filters)
     finite = scores > -np.inf
@@ -99,12 +101,41 @@ def test_of_equal_tokens_at_the_edge_of_top_p_the_lower_index_stays():
     assert np.flatnonzero(np.asarray(scores[0]) > -np.inf).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        (Filters(1.0, 3), [1, 2, 3, 4, 5]),
+        (Filters(1.0, 6), [0, 1, 2, 3, 4, 5, 6]),
+        (Filters(1.0, 7), [0, 1, 2, 3, 4, 5, 6]),
+        (Filters(1.0, 0, 1e-6), [4]),
+        (Filters(1.0, 0, 0.99999), [1, 2, 3, 4, 5]),
+    ],
+)
+def test_edges_at_zero_below_it_and_at_impossible_tokens(filters, kept):
+    """Both zeros are equal; a token that cannot be is kept only where the rule says so."""
+    scores = kept_scores(jnp.asarray([[-80.0, 0.0, -0.0, 0.0, 9.0, 9.0, -np.inf, -np.inf]]), filters)
+    assert np.flatnonzero(np.asarray(scores[0]) > -np.inf).tolist() == [token for token in kept if token < 6]
+
+
+@pytest.mark.parametrize(
+    "filters", [Filters(0.8, 50), Filters(0.8, 2000), Filters(1.5, 0, 0.9), Filters(1.0, 300, 0.5)]
+)
+def test_a_large_vocabulary_is_filtered_as_by_sorting(filters):
+    logits = 3 * np.random.RandomState(0).standard_normal((4, 30_000)).astype(np.float32)
+    scores = logits / np.float32(filters.temperature)
+    for row, found in zip(scores, np.asarray(kept_scores(jnp.asarray(logits), filters)), strict=True):
+        best_first = np.argsort(-row, kind="stable")[: filters.top_k or None]
+        weights = np.exp((row - row.max())[best_first].astype(np.float64))
+        tail = np.cumsum(weights[::-1])[::-1] / weights.sum()
+        kept = best_first[tail > 1 - filters.top_p] if filters.top_p < 1 else best_first
+        assert np.array_equal(np.flatnonzero(found > -np.inf), np.sort(kept))
+
+
 def test_greedy_takes_the_lower_of_equal_tokens_and_sorts_nothing():
     logits = jnp.asarray([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-1.0, -2.0, 5.0]])
     keys = request_keys(0, jnp.arange(3), jnp.zeros(3, jnp.int32))
-    greedy = Filters(0.0, 2, 0.5, 0.1)
-    assert sample(logits, keys, greedy).tolist() == [1, 0, 2] and sample(logits, keys, greedy).dtype == jnp.int32
-    assert "sort" not in str(jax.make_jaxpr(lambda x: sample(x, keys, greedy))(logits))
+    assert sample(logits, keys, None).tolist() == [1, 0, 2] and sample(logits, keys, None).dtype == jnp.int32
+    assert "sort" not in str(jax.make_jaxpr(lambda x: sample(x, keys, None))(logits))
 
 
 @given(logit_rows, filter_sets, st.integers(0, 2**32 - 1))
@@ -112,19 +143,18 @@ def test_greedy_takes_the_lower_of_equal_tokens_and_sorts_nothing():
 def test_drawn_tokens_survive_the_filters_and_ignore_the_batch(logits, filters, seed):
     rows = len(logits)
     keys = request_keys(seed, jnp.arange(rows), jnp.full(rows, 5))
-    tokens = np.asarray(sample(jnp.asarray(logits), keys, filters))
+    tokens = np.asarray(drawn(jnp.asarray(logits), keys, filters))
     assert all(token in slow_kept(row, filters) for token, row in zip(tokens, logits, strict=True))
-    assert sample(jnp.asarray(logits[-1:]), keys[-1:], filters)[0] == tokens[-1]
+    assert drawn(jnp.asarray(logits[-1:]), keys[-1:], filters)[0] == tokens[-1]
 
 
 def test_a_request_draws_the_same_in_any_batch_when_compiled():
-    compiled = jax.jit(sample, static_argnames="filters")
     logits = jax.random.normal(jax.random.key(1), (16, 300))
     keys = request_keys(7, jnp.arange(16), jnp.arange(16) % 3)
     filters = Filters(0.9, 100, 0.95, 0.001)
-    together = compiled(logits, keys, filters)
-    alone = jnp.concatenate([compiled(logits[row : row + 1], keys[row : row + 1], filters) for row in range(16)])
-    reversed_ = compiled(logits[::-1], keys[::-1], filters)[::-1]
+    together = drawn(logits, keys, filters)
+    alone = jnp.concatenate([drawn(logits[row : row + 1], keys[row : row + 1], filters) for row in range(16)])
+    reversed_ = drawn(logits[::-1], keys[::-1], filters)[::-1]
     assert together.tolist() == alone.tolist() == reversed_.tolist()
     assert len(set(together.tolist())) > 8
 
@@ -157,10 +187,10 @@ def test_keys_are_those_of_the_formula():
 
 def test_drawn_numbers_are_frozen():
     # A change here changes what every seed gives: name it in the changelog.
-    drawn = [
+    tokens = [
         sample(jnp.zeros((3, V)), request_keys(seed, jnp.arange(3), jnp.arange(3)), Filters(1.0)) for seed in (0, 1)
     ]
-    assert [tokens.tolist() for tokens in drawn] == [[3, 7, 9], [4, 9, 0]]
+    assert [row.tolist() for row in tokens] == [[3, 7, 9], [4, 9, 0]]
 
 
 def test_repetition_penalty_as_in_transformers():

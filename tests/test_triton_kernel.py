@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from grouped_cases import CASES, check, check_marks, product_precisions
-from moe_cases import compiled, normal
+from moe_cases import compiled, normal, relative
 
 from moejax.kernels import triton
 from moejax.quantization.mxfp4 import pack, unpack_host
@@ -36,19 +36,36 @@ def test_a_block_of_columns_is_read_where_it_lies():
     np.testing.assert_array_equal(got, want)
 
 
+def packed_and_dense(groups, dtype, seed=0):
+    """The same random matrices `[groups, 96, 24]` both ways."""
+    blocks, scales = pack(np.random.default_rng(seed).standard_normal((groups, 24, 96)))
+    dense = jnp.swapaxes(jnp.asarray(unpack_host(blocks, scales)), 1, 2).astype(dtype)
+    return PackedMatrix(jnp.asarray(blocks), jnp.asarray(scales)), dense
+
+
 @pytest.mark.parametrize(
     ("dtype", "rows", "sizes"), [(jnp.float32, 13, [3, 0, 2, 4]), (jnp.bfloat16, 150, [130, 5, 0, 15])]
 )
-def test_packed_matrices_are_those_that_they_stand_for(dtype, rows, sizes):
+def test_packed_matrices_give_the_products_of_dense_ones(dtype, rows, sizes):
     rng = np.random.default_rng(rows)
-    blocks, scales = pack(rng.standard_normal((4, 24, 96)))
-    dense = jnp.swapaxes(jnp.asarray(unpack_host(blocks, scales)), 1, 2).astype(dtype)
-    packed = PackedMatrix(jnp.asarray(blocks), jnp.asarray(scales))
-    x, dy = normal(rng, rows, 96).astype(dtype), normal(rng, rows, 24).astype(dtype)
+    packed, dense = packed_and_dense(4, dtype)
     group_sizes = jnp.array(sizes, jnp.int32)
-    for operand, transposed in ((x, False), (dy, True)):
+    for width, transposed in ((96, False), (24, True)):
+        x = normal(rng, rows, width).astype(dtype)
         product = compiled(functools.partial(products, transposed=transposed, out_dtype=dtype))
-        np.testing.assert_array_equal(product(operand, packed, group_sizes), product(operand, dense, group_sizes))
+        got, want = (product(x, w, group_sizes).astype(jnp.float32) for w in (packed, dense))
+        assert relative(got, want) < (1e-6 if dtype == jnp.float32 else 2**-8)
+        assert not got[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_packed_matrices_are_unpacked_exactly(transposed):
+    """Rows of the identity read a matrix entry by entry."""
+    packed, dense = packed_and_dense(1, jnp.float32)
+    width = 24 if transposed else 96
+    product = compiled(functools.partial(products, transposed=transposed, out_dtype=jnp.float32))
+    got = product(jnp.eye(width), packed, jnp.array([width], jnp.int32))
+    np.testing.assert_array_equal(got, dense[0].T if transposed else dense[0])
 
 
 def test_marks_what_varies_in_shard_map(mesh):

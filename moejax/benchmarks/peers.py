@@ -108,8 +108,8 @@ class Child:
         return lines[-1] if lines else f"exit code {self._process.returncode}"
 
 
-def transformers_child(processes: int = 1) -> Child:
-    """transformers in one process with all cores, or under torchrun in several that share them (gloo).
+def transformers_child(processes: int = 1, device: str = "cpu") -> Child:
+    """transformers in one process with all cores, on "cpu" or "cuda", or under torchrun in several on CPU (gloo).
 
     Raises:
       MoejaxError: it is not installed.
@@ -117,6 +117,6 @@ def transformers_child(processes: int = 1) -> Child:
     check_installed(processes)
     threads = max(1, cpus() // processes)
     if processes == 1:
-        return Child([str(_SCRIPT)], threads)
+        return Child([str(_SCRIPT), device], threads)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return Child([*launch, str(_SCRIPT)], threads)
+    return Child([*launch, str(_SCRIPT), device], threads)

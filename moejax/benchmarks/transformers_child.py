@@ -1,7 +1,8 @@
 """A process that runs transformers, alone or as one of torchrun's: `moejax.benchmarks.peers` starts it as a script.
 
 It stands alone, so that torch and XLA never share a process: requests are JSON lines on standard input, answers are
-JSON lines on standard output. Under torchrun rank 0 reads and answers, and every rank does the same.
+JSON lines on standard output. Under torchrun rank 0 reads and answers, and every rank does the same. The argument is
+where it computes: cpu or cuda.
 """
 
 import importlib.metadata
@@ -13,6 +14,8 @@ import traceback
 
 import torch
 import transformers
+
+DEVICE = sys.argv[1]
 
 
 class Peer:
@@ -37,7 +40,7 @@ class Peer:
         family = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
         began = time.perf_counter()
         model = family.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **options)
-        self.model, self.optimizer = model.eval(), None
+        self.model, self.optimizer = model.eval().to(DEVICE), None
         return {"load_s": time.perf_counter() - began}
 
     def choose(self, experts: str) -> dict:
@@ -51,7 +54,7 @@ class Peer:
 
         A loop over the model's forward, which is what `generate` does less its checks and its bookkeeping.
         """
-        tokens = torch.tensor(prompts)
+        tokens = torch.tensor(prompts, device=DEVICE)
         began = time.perf_counter()
         out = self.model(tokens, use_cache=True, logits_to_keep=1)
         new = [out.logits[:, -1].argmax(-1)]
@@ -82,22 +85,25 @@ class Peer:
         return {"seconds": time.perf_counter() - began, "loss": loss.item()}
 
     def matmul(self, dtype: str, size: int) -> dict:
-        """Seconds of one square product, the best of five."""
-        x = torch.ones(size, size, dtype=getattr(torch, dtype))
+        """Seconds of one square product, the best of five; of random numbers, since zeros and ones draw less power."""
+        x = torch.randn(size, size, dtype=getattr(torch, dtype), device=DEVICE)
         return {"seconds": best_of_five(lambda: x @ x)}
 
     def read(self, size: int) -> dict:
         """Seconds to sum up `size` bytes of float32, the best of five."""
-        x = torch.ones(size // 4)
+        x = torch.ones(size // 4, device=DEVICE)
         return {"seconds": best_of_five(x.sum)}
 
 
 def best_of_five(function) -> float:
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     function()
     seconds = []
     for _ in range(5):
+        wait()
         began = time.perf_counter()
         function()
+        wait()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 

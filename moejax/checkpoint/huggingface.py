@@ -177,7 +177,7 @@ def _fill(
             by_tensor[part.tensor].append(part)
 
     def move(tensor: str, block: Window) -> None:
-        data = _cast(files.read(tensor, block), buffer.dtype, tensor)
+        data = cast(files.read(tensor, block), buffer.dtype, tensor)
         for part in by_tensor[tensor]:
             if inside := within_source(part, block):
                 _place(buffer, inside, data)
@@ -210,14 +210,19 @@ def _blocks(files: CheckpointFiles, tensor: str, region: Window) -> Iterator[Win
         yield (*region[:axis], slice(start, min(start + rows, region[axis].stop)), *region[axis + 1 :])
 
 
-def _cast(data: np.ndarray, dtype: np.dtype, tensor: str) -> np.ndarray:
+def cast(data: np.ndarray, dtype: np.dtype, tensor: str) -> np.ndarray:
+    """Values in another dtype.
+
+    Raises:
+        MoejaxError: one is beyond float16's range, when that is the dtype.
+    """
     if data.dtype == dtype:
         return data
     with np.errstate(over="ignore"):
-        cast = data.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(cast).all():
+        converted = data.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(converted).all():
         raise MoejaxError(f"{tensor} has values beyond float16's range (65504); load it as bfloat16 or float32")
-    return cast
+    return converted
 
 
 def _place(buffer: np.ndarray, piece: Piece, data: np.ndarray) -> None:

@@ -43,7 +43,8 @@ def save_checkpoint(
         max_shard_bytes: as `write_folder` means it.
 
     Raises:
-        MoejaxError: the folder holds something, or cannot be written. Every process raises.
+        MoejaxError: the folder holds something, or cannot be written, or a value is beyond float16. Every process
+            raises.
     """
     writes = jax.process_index() == 0
     _agree(occupied(folder) if writes else "", folder)
@@ -117,6 +118,8 @@ def _tensors(parameters: Mapping[str, jax.Array], plan: Plan, stored: Mapping[st
             # Of a key/value head that is stored several times the first copy counts, so it is written last.
             for role, part in reversed(parts):
                 _collect(data, part, shards[role])
+            if data.dtype == np.float16 and not np.isfinite(data).all():
+                raise MoejaxError(f"{tensor} has values beyond float16's range (65504); save bfloat16 or float32")
             yield data
 
 
@@ -152,4 +155,5 @@ def _collect(tensor: np.ndarray, piece: Piece, shards: list[tuple[Window, np.nda
     for window, shard in shards:
         if part := within(piece, window):
             region = shard[part.dest].T if part.transpose else shard[part.dest]
-            tensor[part.source] = region.reshape(extents(part.source)).astype(tensor.dtype)
+            with np.errstate(over="ignore"):
+                tensor[part.source] = region.reshape(extents(part.source)).astype(tensor.dtype)

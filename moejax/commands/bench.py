@@ -115,7 +115,7 @@ def _generation(name: str, about: str, example: str) -> argparse.ArgumentParser:
     _add_config(parser)
     add_mesh(parser)
     add_strategy(parser)
-    _add_versus(parser, "; on a mesh of N devices its expert parallelism in N processes")
+    _add_versus(parser, "; on a mesh of N CPU devices its expert parallelism in N processes")
     parser.add_argument("--input-len", type=int, default=128, metavar="N", help="tokens of each prompt (default 128)")
     parser.add_argument("--output-len", type=int, default=32, metavar="N", help="new tokens of each (default 32)")
     return parser
@@ -207,7 +207,7 @@ def _train() -> argparse.ArgumentParser:
     _add_config(parser)
     add_mesh(parser)
     add_strategy(parser)
-    _add_versus(parser, " in one process")
+    _add_versus(parser, " in one process (CPU)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences (default 4)")
     parser.add_argument("--seq-len", type=int, default=256, metavar="N", help="tokens of each (default 256)")
     return parser
@@ -225,7 +225,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_versus(parser: argparse.ArgumentParser, how: str) -> None:
-    parser.add_argument("--vs", choices=("transformers",), help=f"let the installed transformers take turns{how} (CPU)")
+    parser.add_argument("--vs", choices=("transformers",), help=f"let the installed transformers take turns{how}")
 
 
 BENCHMARKS = {

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,7 +34,7 @@ from moejax.mesh import describe, make_mesh, parse_mesh
 from moejax.start_report import report_lines
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
-"""transformers' implementations of experts that run on a CPU."""
+"""transformers' implementations of experts that need nothing but torch."""
 TRAINED_EXPERTS = ("eager", "grouped_mm")
 """Those that take part in training: batched_mm gathers weights for every pair of token and expert."""
 
@@ -45,6 +46,9 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
     """Latency and throughput: every batch size on its own, with all contenders in turn."""
     for name in ("input_len", "output_len", "batch_size"):
         _at_least(name, getattr(args, name), 2 if name == "output_len" else 1)
+    if args.vs:
+        # JAX would take most of a GPU's memory for itself when it starts.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_weights(args))
         mesh = mesh_for(args, folder)
@@ -54,7 +58,7 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
         for line in report_lines(model, args.batch_size[0]):
             log(line)
         dtype = next(iter(model.parameters().values())).dtype.name
-        peer = stack.enter_context(transformers_child(mesh.size)) if args.vs else None
+        peer = stack.enter_context(transformers_child(mesh.size, _torch_device(mesh))) if args.vs else None
         versions = _load_peer(peer, folder, dtype) if peer else {}
         work = Work.of(model.config, args.dtype)
         # Several processes of a peer would share the machine in a probe of their own.
@@ -118,7 +122,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_weights(args))
         mesh = mesh_for(args, folder)
-        _check_versus(args, mesh)
+        _check_versus(args, mesh, ("cpu",))
         if args.vs and mesh.size > 1:
             raise MoejaxError(f"train --vs transformers compares single devices, not {mesh.size}; use --mesh ep=1,tp=1")
         dtype = dtype_of(args.dtype, read_config(read_json(folder, "config.json"))).dtype.name
@@ -187,13 +191,24 @@ def _raw_config(args: argparse.Namespace) -> dict[str, Any]:
     return read_json(path, "config.json") if path.is_dir() else read_json(path.parent, path.name)
 
 
-def _check_versus(args: argparse.Namespace, mesh: Mesh) -> None:
+def _check_versus(args: argparse.Namespace, mesh: Mesh, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
     """Before anything takes long."""
     if not args.vs:
         return
-    if mesh.devices.flat[0].platform != "cpu":
-        raise MoejaxError("--vs transformers compares on the CPU; add --platform cpu")
+    device = _torch_device(mesh)
+    if device not in devices:
+        raise MoejaxError(f"--vs transformers does not compare this on {device}; add --platform cpu")
+    if device == "cuda" and mesh.size > 1:
+        raise MoejaxError(
+            f"--vs transformers compares one GPU, not {mesh.size}; use --mesh ep=1,tp=1 or --platform cpu"
+        )
     check_installed(mesh.size)
+
+
+def _torch_device(mesh: Mesh) -> str:
+    """The mesh's kind of device as torch calls it."""
+    platform = mesh.devices.flat[0].platform
+    return "cuda" if platform == "gpu" else platform
 
 
 def _check_context(args: argparse.Namespace, context: int) -> None:

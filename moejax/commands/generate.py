@@ -95,7 +95,9 @@ def _generate(args: argparse.Namespace) -> int:
     for line in report_lines(model, together):
         log(line)
     if args.explain:
-        chunk = chunk_size(max(map(len, ids[:together])), lay(together, mesh, model.options).rows)
+        chunk = chunk_size(
+            max(map(len, ids[:together])), lay(together, mesh, model.options).rows, mesh.devices.flat[0].platform
+        )
         for line in explain_lines(model, together, chunk):
             log(line)
     timing = Timing()

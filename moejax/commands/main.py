@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model on a mesh, from random weights or from a checkpoint's",
     "verify": "prove that meshes and strategies compute what one device computes",
     "bench": "measure generation, one block, collectives and loading, against transformers and the machine",
+    "upcycle": "turn a dense checkpoint into a mixture of experts",
     "eval": "loss, bits per byte and experts' load of a model on files",
     "report": "write one HTML page about training runs, or compare them on it",
     "convert": "write a run's weights as a Hugging Face folder, or a folder's as a run",

@@ -289,6 +289,7 @@ def _run_batch(
     # The last token of a row is drawn but never run, so it needs no place in the cache.
     longest = max(len(row.prompt) + row.room - 1 for row in rows)
     draw = Draw(params.filters, params.repetition_penalty, params.logprobs)
+    began = time.perf_counter()
     engine = Engine(model, len(rows), draw, params.seed, params.eos_ids)
 
     def accept(new: tuple[np.ndarray, np.ndarray | None, int]) -> int:
@@ -305,7 +306,6 @@ def _run_batch(
                     on_text(first + i, text)
         return wanted
 
-    began = time.perf_counter()
     accept(engine.start(*_rectangle(rows, longest), first, longest))
     compiled, prefilled = engine.compile_s, time.perf_counter()
     timing.first_s += prefilled - began - compiled

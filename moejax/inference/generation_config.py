@@ -102,9 +102,13 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def filters(self) -> Filters:
-        """The part that compiled sampling depends on."""
-        return Filters(float(self.temperature), int(self.top_k), float(self.top_p), float(self.min_p))
+    def filters(self) -> Filters | None:
+        """How the distribution is narrowed; None where the best token is taken."""
+        return (
+            None
+            if self.greedy
+            else Filters(float(self.temperature), int(self.top_k), float(self.top_p), float(self.min_p))
+        )
 
     def new_tokens(self, prompt_length: int) -> int:
         """Most tokens to generate after a prompt of `prompt_length` tokens.

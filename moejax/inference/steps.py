@@ -25,15 +25,21 @@ from moejax.nn.cache import Cache
 from moejax.nn.places import chunk_positions
 from moejax.sharding import place
 
-BLOCK = 16
+BLOCK = 32
 """The most tokens of a row that one dispatch draws: what is streamed then still comes in small pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How the next token is drawn; static in compiled functions except for the seed."""
+    """How the next token is drawn: whether each part of it is there decides about programs, and no value does.
 
-    filters: Filters
+    Attributes:
+      filters: None is greedy.
+      penalty: of tokens that were there already; 1 is none.
+      logprobs: whether its log-probability is wanted.
+    """
+
+    filters: Filters | None
     penalty: float
     logprobs: bool
 
@@ -66,12 +72,16 @@ class Requests:
       numbers: of each prompt among all prompts, for the random keys.
       seed: of the random numbers.
       eos: ids that end a row, filled up with -1.
+      filters: of all rows; None where they are greedy.
+      penalty: of tokens that were there already; None without one.
     """
 
     lengths: Int[Array, " B"]
     numbers: Int[Array, " B"]
     seed: Int[Array, ""]
     eos: Int[Array, " N"]
+    filters: Filters | None
+    penalty: Float[Array, ""] | None
 
 
 @struct.dataclass
@@ -94,23 +104,23 @@ class Drawn:
 Loop: TypeAlias = tuple[Step, Int[Array, " B"], Drawn]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def begin(graph: Any, size: int, draw: Draw, lie: Lie, state: Any, requests: Requests) -> Step:
-    """The step before any token, with caches of `size` places."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def begin(graph: Any, size: int, logprobs: bool, penalised: bool, lie: Lie, state: Any, lengths: jax.Array) -> Step:
+    """The step before any token of prompts of `lengths`, with caches of `size` places."""
     decoder: Decoder = nnx.merge(graph, state)
     step = Step(
         tokens=jnp.zeros(lie.rows, jnp.int32),
-        logprobs=jnp.zeros(lie.rows, jnp.float32) if draw.logprobs else None,
-        positions=requests.lengths,
+        logprobs=jnp.zeros(lie.rows, jnp.float32) if logprobs else None,
+        positions=lengths,
         caches=decoder.empty_caches(size, lie),
-        seen=jnp.zeros((lie.rows, decoder.config.vocab_size), bool) if draw.penalty != 1 else None,
+        seen=jnp.zeros((lie.rows, decoder.config.vocab_size), bool) if penalised else None,
     )
     return _in_rows(step, lie)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def prefill(
-    graph: Any, draw: Draw, lie: Lie, state: Any, step: Step, tokens: jax.Array, first: jax.Array, requests: Requests
+    graph: Any, lie: Lie, state: Any, step: Step, tokens: jax.Array, first: jax.Array, requests: Requests
 ) -> tuple[Step, Drawn]:
     """Runs a chunk of the right-padded prompts, `tokens [B, S]` from the place `first` on.
 
@@ -121,7 +131,7 @@ def prefill(
     logits, caches, dropped = decoder.extend(tokens, positions, requests.lengths, step.caches, lie)
     real = (positions >= 0).sum(1, dtype=jnp.int32)
     seen = None if step.seen is None else step.seen | seen_from_prompt(tokens, real, logits.shape[-1])
-    new = _draw(logits, requests.lengths, caches, seen, requests, draw, lie)
+    new = _draw(logits, replace(step, positions=requests.lengths, caches=caches, seen=seen), requests, lie)
     ends = (real > 0) & (requests.lengths <= first + tokens.shape[1])
     tokens, logprobs = jax.tree.map(
         lambda now, before: jnp.where(ends, now, before), (new.tokens, new.logprobs), (step.tokens, step.logprobs)
@@ -133,9 +143,9 @@ def prefill(
     return _in_rows(new, lie), Drawn(tokens=tokens, logprobs=logprobs, count=jnp.int32(1), dropped=dropped)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def decode(
-    graph: Any, draw: Draw, lie: Lie, state: Any, step: Step, left: jax.Array, budgets: jax.Array, requests: Requests
+    graph: Any, lie: Lie, state: Any, step: Step, left: jax.Array, budgets: jax.Array, requests: Requests
 ) -> tuple[Step, Drawn]:
     """Draws more tokens for each row, until no row goes on or the least of `budgets` is spent.
 
@@ -155,7 +165,7 @@ def decode(
         active = place(left > 0, lie.stream.mesh, lie.stream.batch_spec)
         positions = jnp.where(active, step.positions, -1)[:, None]
         logits, caches, dropped = decoder.extend(step.tokens[:, None], positions, step.positions + 1, step.caches, lie)
-        new = _draw(logits, step.positions + 1, caches, step.seen, requests, draw, lie)
+        new = _draw(logits, replace(step, positions=step.positions + 1, caches=caches), requests, lie)
         tokens, logprobs = _everywhere((new.tokens, new.logprobs), lie)
         ended = (tokens[:, None] == requests.eos).any(1)
         tokens, logprobs = jax.tree.map(
@@ -165,30 +175,25 @@ def decode(
         return new, jnp.where(ended, 0, left - 1), drawn
 
     nothing = _everywhere(jnp.zeros((BLOCK, lie.rows), jnp.int32), lie)
-    scores = nothing.astype(jnp.float32) if draw.logprobs else None
+    scores = None if step.logprobs is None else nothing.astype(jnp.float32)
     drawn = Drawn(tokens=nothing, logprobs=scores, count=jnp.int32(0), dropped=jnp.int32(0))
     start = (step, _everywhere(left, lie), drawn)
     step, _, drawn = lax.while_loop(going, body, start)
     return _in_rows(step, lie), drawn
 
 
-def _draw(
-    logits: jax.Array,
-    positions: jax.Array,
-    caches: tuple[Cache, ...],
-    seen: jax.Array | None,
-    requests: Requests,
-    draw: Draw,
-    lie: Lie,
-) -> Step:
-    """Draws the token at `positions` of each row from logits whose vocabulary is first put together."""
+def _draw(logits: jax.Array, step: Step, requests: Requests, lie: Lie) -> Step:
+    """The step with the token at its positions drawn, from logits whose vocabulary is first put together."""
+    seen = step.seen
     with jax.named_scope("sample"):
         logits = place(logits, lie.stream.mesh, lie.stream.batch_spec)
-        scores = logits if seen is None else repetition_penalty(logits, seen, draw.penalty)
-        tokens = sample(scores, request_keys(requests.seed, requests.numbers, positions), draw.filters)
-        logprobs = logprobs_of(logits, tokens) if draw.logprobs else None
+        scores = logits
+        if seen is not None and requests.penalty is not None:
+            scores = repetition_penalty(logits, seen, requests.penalty)
+        tokens = sample(scores, request_keys(requests.seed, requests.numbers, step.positions), requests.filters)
+        logprobs = None if step.logprobs is None else logprobs_of(logits, tokens)
         seen = None if seen is None else mark_seen(seen, tokens)
-    return _in_rows(Step(tokens, logprobs, positions, caches, seen), lie)
+    return _in_rows(replace(step, tokens=tokens, logprobs=logprobs, seen=seen), lie)
 
 
 def _in_rows(step: Step, lie: Lie) -> Step:

@@ -1,5 +1,6 @@
 """What kind of device a program is being traced for, and the choice of a kernel by it."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,11 @@ DTYPES = {
 """What a platform's kernels take."""
 
 
+_ROOMY = re.compile(r"\b(A30|A[18]00|G?H\d+|G?B\d{3})\b")
+"""In the kind of a device whose programs may use 163 kB of shared memory or more, such as "NVIDIA A100-SXM4-80GB",
+"NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB" and "NVIDIA B200"; others have 99 kB."""
+
+
 def device_of(x: jax.Array) -> Any:
     """The kind of device (`.platform`, `.device_kind`) that an operand lies on; a device itself where it is at hand.
 
@@ -32,6 +38,11 @@ def platform_of(x: jax.Array) -> str:
     """Its platform as lowering names it: "cpu", "cuda", "tpu" or another."""
     platform = device_of(x).platform
     return "cuda" if platform == "gpu" else platform
+
+
+def roomy(device: Any) -> bool:
+    """Whether a program may use 150 kB of shared memory."""
+    return _ROOMY.search(device.device_kind) is not None
 
 
 def choose(*operands: Any, kernels: Mapping[str, Callable[..., Any]], default: Callable[..., Any]) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from moejax.kernels import native
 from moejax.kernels.device import choose
 from moejax.kernels.grouped_matmul import grouped_matmul
-from moejax.sharding import varying_as
+from moejax.sharding import alike
 
 
 def silu_gated_matmul(
@@ -27,8 +27,7 @@ def silu_gated_matmul(
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, gate_up.shape[3]), x.dtype)
-    marks = (x, gate_up, group_sizes)
-    return _gated(*(varying_as(a, *marks) for a in marks))
+    return _gated(*alike(x, gate_up, group_sizes))
 
 
 @jax.custom_vjp

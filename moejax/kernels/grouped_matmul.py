@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from moejax.kernels import platforms
 from moejax.quantization.packed import PackedMatrix
-from moejax.sharding import varying_as
+from moejax.sharding import alike
 
 
 def grouped_matmul(
@@ -31,11 +31,7 @@ def grouped_matmul(
     """
     if x.shape[0] == 0:
         return jnp.zeros((0, w.shape[2]), x.dtype)
-    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
-    # devices.
-    parts = jax.tree.leaves(w)
-    w = jax.tree.map(lambda part: varying_as(part, x, *parts, group_sizes), w)
-    return _grouped_matmul(varying_as(x, *parts, group_sizes), w, varying_as(group_sizes, x, *parts), first)
+    return _grouped_matmul(*alike(x, w, group_sizes), first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

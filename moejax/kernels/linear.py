@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from moejax.kernels import platforms
 from moejax.kernels.block import Block
-from moejax.sharding import varying_as
+from moejax.sharding import alike
 
 
 def linear(
@@ -42,8 +42,7 @@ def linear(
         y = _of_block(flat, w, axes, transposed, out_dtype)
     else:
         matrix = w.reshape((math.prod(outputs), width) if transposed else (width, math.prod(outputs)))
-        # Marked alike before the custom gradient, as in grouped_matmul.
-        y = _linear(varying_as(flat, matrix), varying_as(matrix, flat), transposed, out_dtype)
+        y = _linear(*alike(flat, matrix), transposed, out_dtype)
     return y.reshape(*rows, *outputs)
 
 
@@ -82,8 +81,7 @@ def _of_block(x: jax.Array, w: Block, axes: int, transposed: bool, out_dtype: DT
 def _grouped(
     x: jax.Array, w: jax.Array, index: jax.Array, axis: int, transposed: bool, out_dtype: DTypeLike
 ) -> jax.Array:
-    marked = varying_as(x, w, index), varying_as(w, x, index), varying_as(index, x, w)
-    return _block_product(*marked, axis, transposed, out_dtype)
+    return _block_product(*alike(x, w, index), axis, transposed, out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

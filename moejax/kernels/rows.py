@@ -8,13 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels import native
 from moejax.kernels.device import choose
-from moejax.sharding import varying_as
+from moejax.sharding import alike, varying_as
 
 
 def take_rows(x: Float[Array, "M *D"], index: Int[Array, "*T"]) -> Float[Array, "*TD"]:
     """`x[index]` along the first axis, zeros where that has no such row; the gradient is summed in f32."""
-    flat = index.reshape(-1)
-    rows = _take(x.shape[0], varying_as(x, flat), varying_as(flat, x))
+    rows = _take(x.shape[0], *alike(x, index.reshape(-1)))
     return rows.reshape(*index.shape, *x.shape[1:])
 
 
@@ -49,5 +48,4 @@ def put_rows(places: Float[Array, "B G C H"], rows: Float[Array, "B S G H"], ind
         batch = jnp.arange(places.shape[0], dtype=jnp.int32)[:, None]
         return places.at[batch, :, index].set(rows, mode="drop", wrap_negative_indices=False)
 
-    operands = [varying_as(a, places, rows, index) for a in (places, rows, index)]
-    return choose(*operands, kernels={"cpu": native.put}, default=anywhere)
+    return choose(*alike(places, rows, index), kernels={"cpu": native.put}, default=anywhere)

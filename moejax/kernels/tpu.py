@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.precision import precision_of
 from moejax.quantization.packed import PackedMatrix
-from moejax.sharding import pad_axis, round_up, varying_as
+from moejax.sharding import alike, pad_axis, round_up, varying_as
 
 
 def supports(x: Float[Array, "M K"], w: Array | PackedMatrix) -> bool:
@@ -78,7 +78,7 @@ def _call(kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
     Inside shard_map, another one over no axes tells JAX not to ask along which axes the result varies: the kernel does
     not say so, and the mark is put on here.
     """
-    operands = tuple(varying_as(operand, *operands) for operand in operands)
+    operands = alike(*operands)
     if jax.typeof(operands[0]).manual_axis_type.varying:
         anywhere = PartitionSpec()
         kernel = jax.shard_map(kernel, in_specs=anywhere, out_specs=anywhere, check_vma=False)

@@ -20,6 +20,7 @@ class DispatchPlan:
 
     Attributes:
       expert: the expert (or slot) of each pair; `num_experts` for a pair that goes nowhere.
+      order: the pairs as they are sorted, those that go nowhere last.
       rank: the pair's place among the pairs of its expert, in token order from 0.
       counts: pairs for each expert.
       weights: routing weight of each pair, f32.
@@ -27,6 +28,7 @@ class DispatchPlan:
     """
 
     expert: Int[Array, " TK"]
+    order: Int[Array, " TK"]
     rank: Int[Array, " TK"]
     counts: Int[Array, " E"]
     weights: Float[Array, "T K"]
@@ -34,10 +36,7 @@ class DispatchPlan:
 
     def sorted_position(self) -> Int[Array, " TK"]:
         """Each pair's place when all pairs are sorted by expert; pairs that go nowhere come last."""
-        ends = jnp.cumsum(self.counts)
-        return jnp.where(
-            self.expert < self.num_experts, (ends - self.counts)[self._known()] + self.rank, ends[-1] + self.rank
-        )
+        return _inverse(self.order)
 
     def dispatch_TEC(self, capacity: int | None = None) -> Bool[Array, "T E C"]:
         """GShard's dispatch tensor: true where token t is row c of expert e. Pairs of rank >= capacity are dropped.
@@ -56,9 +55,6 @@ class DispatchPlan:
         """Pairs that do not fit when each expert takes `capacity` rows."""
         return jnp.maximum(self.counts - capacity, 0).sum()
 
-    def _known(self) -> Int[Array, " TK"]:
-        return jnp.minimum(self.expert, self.num_experts - 1)
-
     def _one_hot_TKEC(self, capacity: int | None) -> Bool[Array, "T K E C"]:
         tokens, chosen = self.weights.shape
         rows = tokens if capacity is None else capacity
@@ -73,6 +69,10 @@ def make_plan(routing: Routing, num_experts: int) -> DispatchPlan:
     expert = jnp.where(expert == NOWHERE, jnp.int32(num_experts), expert)
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     counts = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
-    place = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size, dtype=jnp.int32))
-    rank = place - (jnp.cumsum(counts) - counts)[expert]
-    return DispatchPlan(expert=expert, rank=rank, counts=counts[:-1], weights=routing.weights, num_experts=num_experts)
+    rank = _inverse(order) - (jnp.cumsum(counts) - counts)[expert]
+    return DispatchPlan(expert, order, rank, counts[:-1], routing.weights, num_experts)
+
+
+def _inverse(order: Int[Array, " n"]) -> Int[Array, " n"]:
+    """`inverse[order[i]] = i`."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))

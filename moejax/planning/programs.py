@@ -10,14 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.inference.sampling import Filters
-from moejax.inference.steps import Draw, Requests, Step, begin, decode, prefill
+from moejax.inference.steps import Requests, Step, begin, decode, prefill
 from moejax.loading import abstract
 from moejax.model import Decoder, Lie, Options, lay
 from moejax.moe.layer import MoE
 
 AUTO = Options()
-GREEDY = Draw(Filters(), penalty=1.0, logprobs=False)
 
 
 def compile_prefill(
@@ -35,7 +33,7 @@ def compile_prefill(
     lie = lay(batch, mesh, options)
     step, requests = _begun(graph, state, lie, max_len)
     tokens, first = _rows(lie, jnp.int32, chunk), _whole(mesh, jnp.int32)
-    return prefill.lower(graph, GREEDY, lie, state, step, tokens, first, requests).compile()
+    return prefill.lower(graph, lie, state, step, tokens, first, requests).compile()
 
 
 def compile_decode(
@@ -52,7 +50,7 @@ def compile_decode(
     lie = lay(batch, mesh, options)
     step, requests = _begun(graph, state, lie, max_len)
     budgets = _shape(mesh, PartitionSpec(mesh.axis_names), jnp.int32, mesh.size)
-    return decode.lower(graph, GREEDY, lie, state, step, _rows(lie, jnp.int32), budgets, requests).compile()
+    return decode.lower(graph, lie, state, step, _rows(lie, jnp.int32), budgets, requests).compile()
 
 
 def compile_layer(
@@ -79,12 +77,17 @@ def _split(module: Callable[[], nnx.Module], mesh: Mesh) -> tuple[Any, Any]:
 
 
 def _begun(graph: Any, state: Any, lie: Lie, max_len: int) -> tuple[Step, Requests]:
-    """What the first step finds, as shapes; how caches lie on the mesh is the compiler's word."""
+    """What the first step of a greedy engine finds, as shapes; how caches lie on the mesh is the compiler's word."""
     mesh = lie.stream.mesh
     requests = Requests(
-        _rows(lie, jnp.int32), _rows(lie, jnp.int32), _whole(mesh, jnp.uint32), _whole(mesh, jnp.int32, 8)
+        lengths=_rows(lie, jnp.int32),
+        numbers=_rows(lie, jnp.int32),
+        seed=_whole(mesh, jnp.uint32),
+        eos=_whole(mesh, jnp.int32, 8),
+        filters=None,
+        penalty=None,
     )
-    program = begin.lower(graph, max_len, GREEDY, lie, state, requests).compile()
+    program = begin.lower(graph, max_len, False, False, lie, state, requests.lengths).compile()
     step = jax.tree.map(
         lambda made, sharding: jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding),
         program.out_info,

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from moejax.config import ModelConfig
 from moejax.errors import MoejaxError
 from moejax.run_checkpoints.neutral import NeutralForm
-from moejax.run_checkpoints.sealing import SealedSave, SealingHandler
+from moejax.run_checkpoints.sealing import SealedSave, SealingHandler, told
 from moejax.run_checkpoints.stored import STATE, StoredState
 
 
@@ -46,7 +46,7 @@ class Checkpoints:
         self.folder = folder
         kept = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), _Lowest(keep_best)])
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=_score, best_mode="min")
-        with _told(folder):
+        with self._told():
             if jax.process_index() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 for unfinished in ocp.utils.tmp_checkpoints(folder):
@@ -89,7 +89,7 @@ class Checkpoints:
         """
         arrays = self._form(state, config, mesh).of(state)
         comparable = score is not None and math.isfinite(score)
-        with _told(self.folder):
+        with self._told():
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 raise MoejaxError(f"{self.folder / str(step)} is there already; move it away to save this step again")
@@ -130,13 +130,16 @@ class Checkpoints:
         Raises:
           MoejaxError: the last save could not be written.
         """
-        with _told(self.folder):
+        with self._told():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the threads."""
-        with _told(self.folder):
+        with self._told():
             self._manager.close()
+
+    def _told(self) -> contextlib.AbstractContextManager[None]:
+        return told(f"cannot keep checkpoints in {self.folder}")
 
     def _form(self, like: Any, config: ModelConfig, mesh: Mesh) -> NeutralForm:
         """Worked out once; a run asks for one only."""
@@ -145,21 +148,6 @@ class Checkpoints:
         if key not in self._forms:
             self._forms = {key: NeutralForm(config, mesh, like)}
         return self._forms[key]
-
-
-@contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Turns what orbax raises when files cannot be written or listed into one line."""
-    try:
-        yield
-    except MoejaxError:
-        raise
-    except (OSError, ValueError) as error:
-        # tensorstore names all that it was about before the cause.
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split()).rpartition(": ")[2]
-        raise MoejaxError(
-            f"cannot keep checkpoints in {folder}: {reason}; make room or name another folder, and resume"
-        ) from error
 
 
 @dataclass

@@ -26,7 +26,7 @@ from moejax.language_model import role_of
 from moejax.loading import COMPANIONS, abstract_decoder, dtype_of, plain_config
 from moejax.opening import Checkpoint, checkpoint_plan
 from moejax.run_checkpoints.neutral import PARAMETERS
-from moejax.run_checkpoints.sealing import seal
+from moejax.run_checkpoints.sealing import seal, told
 from moejax.run_checkpoints.stored import STATE, StoredState
 
 _GROUP_BYTES = 1 << 26
@@ -70,7 +70,8 @@ def to_run(source: Path, target: Path, mesh: Mesh, progress: Progress | None = N
                 if (source / name).is_file():
                     shutil.copyfile(source / name, partial / "model" / name)
             wanted = _abstract(checkpoint, mesh)
-            _write(partial / "checkpoints" / "0", checkpoint, wanted, checkpoint.plan(mesh), progress)
+            with told(f"cannot write {target}"):
+                _write(partial / "checkpoints" / "0", checkpoint, wanted, checkpoint.plan(mesh), progress)
         partial.rename(target)
     except OSError as error:
         raise MoejaxError(f"cannot write {target}: {error.strerror}") from error
@@ -120,14 +121,14 @@ class _Unread(Mapping[str, jax.Array]):
 
     def __init__(self, stored: StoredState, wanted: Mapping[str, jax.ShapeDtypeStruct], progress: Progress | None):
         self._stored, self._wanted, self._progress = stored, wanted, progress
-        self._done = 0
+        self._done, self._total = 0, sum(map(_bytes, wanted.values()))
 
     def __getitem__(self, role: str) -> jax.Array:
         name = PARAMETERS + role
         array = self._stored.read({name: self._wanted[name]})[name]
         self._done += array.nbytes
         if self._progress:
-            self._progress(self._done, sum(map(_bytes, self._wanted.values())))
+            self._progress(self._done, self._total)
         return array
 
     def __iter__(self) -> Iterator[str]:

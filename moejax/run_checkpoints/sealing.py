@@ -4,11 +4,12 @@ orbax notices a missing file or one that ends early only as it reads, and a chan
 written last, when the files are complete and the folder does not have its name yet.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ class SealedSave(ocp.args.PyTreeSave):
 @dataclasses.dataclass
 class _SealedRestore(ocp.args.PyTreeRestore):
     """orbax wants one for every handler."""
+
+
+@contextlib.contextmanager
+def told(fault: str) -> Iterator[None]:
+    """Turns what orbax raises when it cannot write or list files into one line that begins with `fault`."""
+    try:
+        yield
+    except MoejaxError:
+        raise
+    except (OSError, ValueError) as error:
+        # tensorstore names all that it was about before the cause.
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split()).rpartition(": ")[2]
+        raise MoejaxError(f"{fault}: {reason}; make room or name another folder") from error
 
 
 def seal(folder: Path, data: Mapping[str, Any] | None) -> None:

@@ -17,7 +17,7 @@ from moejax.config import ModelConfig
 from moejax.kernels.linear import linear
 from moejax.model import finished_logits
 from moejax.nn.stream import Stream
-from moejax.sharding import live_axes, pad_axis, pmax, psum, varying_as
+from moejax.sharding import alike, live_axes, pad_axis, pmax, psum, varying_as
 
 BLOCK = 512
 """Tokens whose logits are there at one time, on each device."""
@@ -54,10 +54,9 @@ def cross_entropy(
     def local(x: jax.Array, head: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array):
         first = lax.axis_index(stream.tp) * head.shape[0] if stream.tp_axes else jnp.int32(0)
         flat = x.reshape(-1, x.shape[-1])
-        # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over devices.
-        marked = [None if a is None else varying_as(a, flat, head, first) for a in (flat, head, bias)]
-        rows = (marked[0], targets.reshape(-1), weights.reshape(-1))
-        return psum(_weighted_sum(rows, (marked[1], marked[2]), first, config, stream.tp_axes), ep_axes)
+        flat, head, bias, first = alike(flat, head, bias, first)
+        rows = (flat, targets.reshape(-1), weights.reshape(-1))
+        return psum(_weighted_sum(rows, (head, bias), first, config, stream.tp_axes), ep_axes)
 
     rows, table = stream.batch_spec, stream.spec(stream.tp)
     specs = (rows, table, table, rows, rows)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch):
     monkeypatch.setattr(probes, "_SIZES", {"cpu": (64,)})
-    monkeypatch.setattr(probes, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(probes, "_READ_BYTES", {"cpu": 1 << 20})
 
 
 def result_of(arguments: list[str], capsys) -> dict:

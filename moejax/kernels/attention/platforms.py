@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from moejax.kernels.attention import blockwise, native
 from moejax.kernels.attention.sight import Keys, Queries
-from moejax.kernels.device import choose
-from moejax.sharding import varying_as
+from moejax.kernels.device import choose, device_of, roomy
+from moejax.sharding import alike
 
 Saved: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Queries, Keys, jax.Array, jax.Array]
 
@@ -33,11 +33,7 @@ def attention(
       queries, keys: who sees what; a query that sees nothing gets zeros.
       scale: of the scores.
     """
-    operands = (q, k, v, sinks, queries, keys)
-    # Marked alike before the custom gradient, so that the marks' own transpose sums each gradient over the right
-    # devices.
-    leaves = jax.tree.leaves(operands)
-    return _traced_once(scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands))
+    return _traced_once(scale, *alike(q, k, v, sinks, queries, keys))
 
 
 def attention_with_logs(
@@ -52,9 +48,7 @@ def attention_with_logs(
 
     Not differentiable.
     """
-    operands = (q, k, v, None, queries, keys)
-    leaves = jax.tree.leaves(operands)
-    out, saved = _forward(scale, *jax.tree.map(lambda x: varying_as(x, *leaves), operands))
+    out, saved = _forward(scale, *alike(q, k, v, None, queries, keys))
     return out, saved[-1]
 
 
@@ -92,7 +86,7 @@ def _forward(
 def _on_cuda(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
     from moejax.kernels.attention import triton
 
-    return triton.forward(*operands, scale=scale)
+    return triton.forward(*operands, scale=scale, roomy=roomy(device_of(operands[0])))
 
 
 def _in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -106,12 +100,21 @@ def _in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array]:
 
 def _backward(scale: float, saved: Saved, dout: jax.Array) -> tuple:
     q, k, v, sinks, queries, keys, out, logs = saved
-    dq, dk, dv = lax.platform_dependent(
+    dq, dk, dv = choose(
         *(q, k, v, queries, keys, out, logs, dout),
-        cpu=functools.partial(blockwise.backward, scale=scale, dtype=jnp.float32),
-        default=functools.partial(blockwise.backward, scale=scale, dtype=v.dtype),
+        kernels={"cpu": functools.partial(native.backward, scale=scale)},
+        default=functools.partial(_gradients_in_blocks, scale=scale),
     )
     return dq, dk, dv, None if sinks is None else _sink_gradient(sinks, out, logs, dout), None, None
+
+
+def _gradients_in_blocks(*operands: Any, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    values = operands[2]
+    return lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(blockwise.backward, scale=scale, dtype=jnp.float32),
+        default=functools.partial(blockwise.backward, scale=scale, dtype=values.dtype),
+    )
 
 
 def _sink_gradient(sinks: jax.Array, out: jax.Array, logs: jax.Array, dout: jax.Array) -> jax.Array:

@@ -28,11 +28,13 @@ PROGRAMS = 256
 
 
 class _Tile(NamedTuple):
-    """One program's queries, heads of each, and keys at a time."""
+    """One program's queries, heads of each, and keys at a time; its warps, and loads under way at once."""
 
     queries: int
     heads: int
     keys: int
+    warps: int
+    stages: int
 
     @property
     def rows(self) -> int:
@@ -49,12 +51,16 @@ def forward(
     keys: Keys,
     *,
     scale: float,
+    roomy: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B S N Hv"], Float[Array, "B S N"]]:
-    """What `blockwise.forward` returns, from the same arguments; `interpret` runs it on any platform, slowly."""
+    """What `blockwise.forward` returns, from the same arguments.
+
+    With `roomy` a program may use 150 kB of shared memory, else 100 kB; `interpret` runs on any platform, slowly.
+    """
     batch, length, heads, width = q.shape
     groups, room, value = v.shape[1:]
-    tile = _tile(length, heads // groups, max(width, value))
+    tile = _tile(length, heads // groups, max(width, value), roomy and q.dtype != jnp.float32)
     spans = jnp.stack(row_spans(queries, keys, Blocks(tile.queries, tile.keys)))
     programs = (spans.shape[1], batch * groups * pl.cdiv(heads // groups, tile.heads))
     shares = _shares(math.prod(programs), pl.cdiv(room, tile.keys))
@@ -74,17 +80,22 @@ def forward(
         ],
         grid=(*programs, shares),
         # Named, since without it Pallas on a GPU means another compiler.
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
     )(spans, q, k, v, sinks, *vectors)
     return _joined(out, logs, v.dtype)
 
 
-def _tile(length: int, sharing: int, width: int) -> _Tile:
-    """As many rows as leave room for wide heads."""
-    rows = 64 if width <= 256 else 16
+def _tile(length: int, sharing: int, width: int, roomy: bool) -> _Tile:
+    """The fastest on an H100 that leave room for wide heads."""
+    if width > 256:
+        rows, keys, stages = 16, 32, 2
+    elif width > 128:
+        rows, keys, stages = 64, (64 if roomy else 32), 2
+    else:
+        rows, keys, stages = 64, 64, (3 if roomy else 2)
     heads = min(sharing, rows)
-    return _Tile(min(length, rows // heads), heads, 64 if width <= 128 else 32)
+    return _Tile(min(length, rows // heads), heads, keys, 4, stages)
 
 
 def _shares(programs: int, blocks: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from moejax.sharding import varying_as
+from moejax.sharding import alike
 
 BEST = -1
 """The instruction set that the handlers choose themselves; others by their index in `instruction_sets()`, for tests."""
@@ -33,7 +33,7 @@ def call(
       aliases: from an operand to the result that takes its memory over.
       attributes: numbers; whole ones reach the handler as 64 bits.
     """
-    operands = tuple(varying_as(operand, *operands) for operand in operands)
+    operands = alike(*operands)
     kind = jax.typeof(operands[0])
     # JAX takes the mark of what differs only beside the mesh that it refers to.
     sharding = NamedSharding(kind.sharding.mesh, PartitionSpec()) if kind.manual_axis_type.varying else None

@@ -16,6 +16,7 @@ HANDLERS = (
     "moejax_gated_products",
     "moejax_weight_gradient",
     "moejax_attend",
+    "moejax_attend_gradient",
     "moejax_take",
     "moejax_put",
 )

@@ -34,13 +34,12 @@ def all_reduce(
             Routing(weights=routing.weights, experts=jnp.where(mine, here, jnp.int32(NOWHERE))),
             local.placement.slots_per_device,
         )
-        position = plan.sorted_position()
-        pair = jnp.zeros_like(position).at[position].set(jnp.arange(position.size, dtype=jnp.int32))
-        rows = weigh_inputs(take_rows(x, lax.div(pair, jnp.int32(routing.experts.shape[1]))), plan.weights, pair, local)
+        rows = take_rows(x, lax.div(plan.order, jnp.int32(routing.experts.shape[1])))
+        rows = weigh_inputs(rows, plan.weights, plan.order, local)
     with jax.named_scope("experts"):
         outputs = grouped_mlp(rows, local.routed(params), plan.counts, local.activation)
     with jax.named_scope("combine"):
-        pairs = take_rows(outputs, position).reshape(*routing.experts.shape, -1)
+        pairs = take_rows(outputs, plan.sorted_position()).reshape(*routing.experts.shape, -1)
         y = combine(pairs, plan.weights, local)
         if params.shared_gate_up is not None:
             y = y + _shared_part(x, params, local)

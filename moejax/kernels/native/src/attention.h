@@ -33,6 +33,15 @@ struct Attention {
   int64_t Shared() const { return heads / groups; }
 };
 
+// Narrows [from, past) to the keys between the first and the last whose places are within [lowest, highest]; whether
+// there is one.
+inline bool SeenKeys(const int32_t* places, int32_t lowest, int32_t highest, int64_t& from, int64_t& past) {
+  auto hidden = [&](int64_t t) { return places[t] < std::max(lowest, 0) || places[t] > highest; };
+  while (from < past && hidden(from)) ++from;
+  while (past > from && hidden(past - 1)) --past;
+  return from < past;
+}
+
 // Queries [first, past) of a row of the batch with the heads of one key.
 struct AttentionTask {
   int64_t row, group, first, past;
@@ -54,7 +63,7 @@ class AttentionBlock {
     Begin();
     for (int64_t key = 0; key < a_.keys; key += kScoredKeys) {
       int64_t from = key, past = std::min(key + kScoredKeys, a_.keys);
-      if (Seen(from, past)) TakeIn(from, past);
+      if (SeenKeys(a_.places + task_.row * a_.keys, lowest_, highest_, from, past)) TakeIn(from, past);
     }
     WriteOut();
   }
@@ -81,15 +90,6 @@ class AttentionBlock {
       lowest_ = std::min(lowest_, a_.first[i]);
       highest_ = std::max(highest_, a_.last[i]);
     }
-  }
-
-  // Narrows [from, past) to the keys between the first and the last that some query may see; whether there is one.
-  bool Seen(int64_t& from, int64_t& past) const {
-    const int32_t* places = a_.places + task_.row * a_.keys;
-    auto hidden = [&](int64_t t) { return places[t] < std::max(lowest_, 0) || places[t] > highest_; };
-    while (from < past && hidden(from)) ++from;
-    while (past > from && hidden(past - 1)) --past;
-    return from < past;
   }
 
   void TakeIn(int64_t from, int64_t past) {

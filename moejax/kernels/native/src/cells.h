@@ -61,6 +61,7 @@ struct Isa {
   float (*mask)(float* scores, int64_t n, float scale, const int32_t* places, int32_t first, int32_t last,
                 const int32_t* segments, int32_t segment);
   float (*powers)(float* scores, int64_t n, float largest);
+  void (*slopes)(float* slopes, const float* powers, int64_t n, float shared, float scale);
   void (*fade_add)(float* sums, const float* more, int64_t n, float factor);
   // gate[i] = silu(gate[i]) * up[i], in whole vectors.
   void (*silu_multiply)(float* gate, const float* up, int64_t n);

@@ -12,6 +12,7 @@ constexpr Isa CommonIsa(const char* name) {
   isa.narrow = Narrow;
   isa.mask = Mask;
   isa.powers = Powers;
+  isa.slopes = Slopes;
   isa.fade_add = FadeAdd;
   isa.silu_multiply = SiluMultiply;
   isa.unpack_mxfp4 = UnpackMxfp4;

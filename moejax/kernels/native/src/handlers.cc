@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_gradient.h"
 #include "block.h"
 #include "isas.h"
 #include "rows.h"
@@ -184,33 +185,63 @@ const T* MayBeEmpty(const T* data, size_t elements) {
 
 using Ints = ffi::Buffer<ffi::S32>;
 
+Attention AttentionOf(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints first, Ints last,
+                      Ints query_segments, Ints places, Ints key_segments, float scale, void* out, float* logs) {
+  auto q_shape = q.dimensions(), k_shape = k.dimensions();
+  return {static_cast<const char*>(q.untyped_data()),
+          static_cast<const char*>(k.untyped_data()),
+          static_cast<const char*>(v.untyped_data()),
+          TypeOf(q.element_type()),
+          q_shape[0], q_shape[1], q_shape[2], k_shape[1], k_shape[2], q_shape[3], v.dimensions()[3],
+          nullptr,
+          first.typed_data(),
+          last.typed_data(),
+          MayBeEmpty(query_segments.typed_data(), query_segments.element_count()),
+          places.typed_data(),
+          MayBeEmpty(key_segments.typed_data(), key_segments.element_count()),
+          scale,
+          static_cast<char*>(out),
+          logs};
+}
+
+bool WorthSharing(const Attention& a) {
+  double pairs = 1.0 * a.batch * a.heads * a.queries * a.keys;
+  return WorthSharing(pairs * (a.width + a.value_width), 0);
+}
+
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                   ffi::Buffer<ffi::F32> sinks, Ints first, Ints last, Ints query_segments, Ints places,
                   Ints key_segments, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> logs,
                   float scale, int64_t isa) {
-  auto q_shape = q.dimensions(), k_shape = k.dimensions();
-  Attention attention{static_cast<const char*>(q.untyped_data()),
-                      static_cast<const char*>(k.untyped_data()),
-                      static_cast<const char*>(v.untyped_data()),
-                      TypeOf(q.element_type()),
-                      q_shape[0], q_shape[1], q_shape[2], k_shape[1], k_shape[2], q_shape[3], v.dimensions()[3],
-                      MayBeEmpty(sinks.typed_data(), sinks.element_count()),
-                      first.typed_data(),
-                      last.typed_data(),
-                      MayBeEmpty(query_segments.typed_data(), query_segments.element_count()),
-                      places.typed_data(),
-                      MayBeEmpty(key_segments.typed_data(), key_segments.element_count()),
-                      scale,
-                      static_cast<char*>(out->untyped_data()),
-                      logs->typed_data()};
+  Attention attention = AttentionOf(q, k, v, first, last, query_segments, places, key_segments, scale,
+                                    out->untyped_data(), logs->typed_data());
+  attention.sinks = MayBeEmpty(sinks.typed_data(), sinks.element_count());
   const Isa& chosen = IsaAt(isa);
   std::vector<AttentionTask> tasks = AttentionTasks(attention);
   auto work = [attention, tasks, &chosen](int64_t i) {
     thread_local AttentionScratches scratches;
     AttentionBlock(chosen, attention, tasks[i], scratches).Run();
   };
-  double pairs = 1.0 * attention.batch * attention.heads * attention.queries * attention.keys;
-  ShareTasks(pool, static_cast<int64_t>(tasks.size()), WorthSharing(pairs * (attention.width + attention.value_width), 0), work);
+  ShareTasks(pool, static_cast<int64_t>(tasks.size()), WorthSharing(attention), work);
+  return ffi::Error::Success();
+}
+
+ffi::Error AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints first,
+                          Ints last, Ints query_segments, Ints places, Ints key_segments, ffi::AnyBuffer out,
+                          ffi::Buffer<ffi::F32> logs, ffi::AnyBuffer dout, ffi::Result<ffi::AnyBuffer> dq,
+                          ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv, float scale, int64_t isa) {
+  AttentionGradient gradient{AttentionOf(q, k, v, first, last, query_segments, places, key_segments, scale,
+                                         out.untyped_data(), logs.typed_data()),
+                             static_cast<const char*>(dout.untyped_data()),
+                             static_cast<char*>(dq->untyped_data()),
+                             static_cast<char*>(dk->untyped_data()),
+                             static_cast<char*>(dv->untyped_data())};
+  const Isa& chosen = IsaAt(isa);
+  auto work = [gradient, &chosen](int64_t i) {
+    thread_local GradientScratches scratches;
+    AttentionGradientTask(chosen, gradient, i, scratches).Run();
+  };
+  ShareTasks(pool, gradient.forward.batch * gradient.forward.groups, WorthSharing(gradient.forward), work);
   return ffi::Error::Success();
 }
 
@@ -256,6 +287,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_attend, Attend,
                                   .Arg<Ints>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moejax_attend_gradient, AttendGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("isa"));
 

@@ -54,6 +54,11 @@ inline float Powers(float* scores, int64_t n, float largest) {
   return Sum(sum);
 }
 
+// The gradients of scores from those of the powers that they became: `shared` is what a row's have in common.
+inline void Slopes(float* slopes, const float* powers, int64_t n, float shared, float scale) {
+  for (int64_t i = 0; i < n; ++i) slopes[i] = powers[i] * (slopes[i] - shared) * scale;
+}
+
 // gate * sigmoid(gate) * up, with a power that cannot overflow: of minus the gate's size.
 inline void SiluMultiply(float* gate, const float* up, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) {
