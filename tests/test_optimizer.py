@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.training.optimizer import decayed, learning_rate, make_optimizer
+from moejax.training.optimizer import decayed, learning_rate, learning_rates, make_optimizer
 from moejax.training.recipe import OptimizerRecipe
 
 
@@ -18,6 +18,7 @@ def rates(steps: int, count: int, **fields) -> list[float]:
 def test_rate_climbs_from_zero_then_falls_as_a_cosine_to_the_last_step():
     got = rates(11, 13, lr=2.0, warmup=4, min_lr_ratio=0.25)
     cosine = [0.5 + 1.5 * 0.5 * (1 + np.cos(np.pi * part / 6)) for part in range(7)]
+    assert learning_rates(OptimizerRecipe(lr=2.0, warmup=4, min_lr_ratio=0.25), 11).tolist() == pytest.approx(got[:11])
     assert got == pytest.approx([0.0, 0.5, 1.0, 1.5, *cosine, 0.5, 0.5], abs=1e-6)
 
 

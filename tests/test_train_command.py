@@ -292,6 +292,16 @@ def test_a_folder_with_a_run_is_not_taken_for_another(argv, message, files, whol
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
 
 
+def test_data_of_ones_own_need_no_files_of_the_recipe(files, tmp_path, capsys):
+    """Neither its mixture nor what it evaluates."""
+    argv = ("--data", str(files / "alice.txt"), "--steps", "1", "--mesh", "ep=1,tp=1")
+    recipe = (files / "recipe.toml").read_text().replace('["alice.txt"]', '["none.txt"]\nevery = 1')
+    (tmp_path / "recipe.toml").write_text(recipe.replace("bob.jsonl", "none.jsonl"))
+    assert main(["train", "--config", str(tmp_path / "recipe.toml"), "--run", str(tmp_path / "run"), *argv]) == 0
+    assert "nothing is evaluated but with --set eval.every=N" in capsys.readouterr().err
+    assert not any(name.startswith("eval/") for name in read_records(tmp_path / "run" / "metrics.jsonl")[0])
+
+
 def test_help_names_the_signals(capsys):
     assert train.main(["--help"]) == 0
     assert "SIGTERM" in capsys.readouterr().out

@@ -36,9 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last save in DIR, or begin if there is none"
     )
-    parser.add_argument(
-        "--data", nargs="+", metavar="PATH", help="train on these files instead of the recipe's mixture"
-    )
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="train on these files instead of the recipe's data")
     parser.add_argument(
         "--model", metavar="M", help="train this model from its weights, with its tokenizer: a folder, hub id, demo"
     )

@@ -94,11 +94,17 @@ def _recipe(args: argparse.Namespace, folder: RunFolder) -> tuple[Recipe, int | 
 
 
 def _with_options(raw: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The tables with what --model, --data and --dtype replace."""
+    """The tables with what --model, --data and --dtype replace.
+
+    The recipe's evaluation rests with its mixture: its files are of the same corpus, and may not be here.
+    """
     if args.model:
         raw = raw | {"model": {"path": args.model}}
     if args.data and isinstance(data := raw.get("data", {}), dict):
         raw = raw | {"data": data | {"mixture": [{"path": os.path.abspath(path)} for path in args.data]}}
+        if isinstance(evaluation := raw.get("eval"), dict) and evaluation.get("every"):
+            raw = raw | {"eval": evaluation | {"every": 0}}
+            log("data      --data replaces the recipe's, so that nothing is evaluated but with --set eval.every=N")
     return raw | ({"dtype": args.dtype} if args.dtype else {})
 
 

@@ -25,7 +25,7 @@ from moejax.run_checkpoints.checkpoints import Checkpoints
 from moejax.training.gradients import Params, StepSettings
 from moejax.training.loop import Loop, Progress, Watcher
 from moejax.training.metrics import Record, eval_record
-from moejax.training.optimizer import learning_rate, make_optimizer
+from moejax.training.optimizer import learning_rates, make_optimizer
 from moejax.training.placing import Placing
 from moejax.training.recipe import Recipe
 from moejax.training.run_folder import RunFolder
@@ -89,7 +89,7 @@ def open_run(
             state=state,
             batches=data,
             place=Placing(step.lie, recipe.accumulate),
-            rate=learning_rate(recipe.optimizer, recipe.steps),
+            rates=learning_rates(recipe.optimizer, recipe.steps),
             save=functools.partial(checkpoints.save, config=start.config, mesh=mesh),
             evaluate=_evaluation(recipe, step, encoder),
             sinks=_sinks(folder, recipe, progress.step, stack) if distributed.is_main() else (),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import jax
-import optax
+import numpy as np
 
 from moejax import distributed
 from moejax.training.batch import Batch
@@ -73,7 +73,7 @@ class Loop:
       state: consumed by each step and replaced.
       batches: where the run's progress says.
       place: puts a batch on the mesh.
-      rate: the learning rate by the updates made before.
+      rates: the learning rate by the updates made before; the last one stays.
       save: see `Saves`.
       evaluate: by state, the part of a record that an evaluation gives, and its score (the lower the better).
       sinks: of this process.
@@ -87,7 +87,7 @@ class Loop:
     state: TrainState
     batches: Batches
     place: Callable[[Batch], Batch]
-    rate: optax.Schedule
+    rates: np.ndarray
     save: Saves
     evaluate: Callable[[TrainState], tuple[Record, float]] | None
     sinks: Sequence[Sink]
@@ -156,9 +156,7 @@ class Loop:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         progress = self.progress
-        # optax mixes weak and strong types, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            rate: Any = self.rate(step - 1 - progress.skipped)
+        rate = self.rates[min(step - 1 - progress.skipped, len(self.rates) - 1)]
         progress.step = step
         progress.tokens += int(m.targets)
         if m.finite:

@@ -8,7 +8,10 @@ AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from moejax.training.recipe import OptimizerRecipe
 
@@ -42,6 +45,12 @@ def learning_rate(recipe: OptimizerRecipe, steps: int) -> optax.Schedule:
     if not recipe.warmup:
         return down
     return optax.join_schedules([optax.linear_schedule(0.0, recipe.lr, recipe.warmup), down], [recipe.warmup])
+
+
+def learning_rates(recipe: OptimizerRecipe, steps: int) -> Float[np.ndarray, " steps"]:
+    """The same of all updates of the schedule, on the host: a device would answer after the step that it runs."""
+    with jax.numpy_dtype_promotion("standard"):
+        return np.asarray(learning_rate(recipe, steps)(jnp.arange(steps)))
 
 
 def decayed(params: Any) -> Any:

@@ -123,7 +123,9 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         _at_least("eval.every", self.every, 0)
         if self.every and not self.data:
-            raise MoejaxError(f"eval.every={self.every} needs eval.data, the files to evaluate")
+            raise MoejaxError(
+                f"eval.every={self.every} needs eval.data, the files to evaluate; eval.every=0 evaluates nothing"
+            )
 
 
 @dataclass(frozen=True, slots=True)
