@@ -92,3 +92,13 @@ def test_keys_that_nobody_sees_are_not_read(run):
     queries = queries_at(jnp.array([[4199]], jnp.int32), None, 100, None)
     out, _ = jax.jit(functools.partial(run, scale=1.0))(q, k, v, None, queries, Keys(places, None))
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("isa", range(len(instruction_sets())), ids=instruction_sets())
+def test_what_is_no_number_is_not_swallowed(isa):
+    """A query of NaN gives NaN, as its products do; those beside it stay as they were."""
+    q, *others = case("several blocks of queries and of keys", {}, jnp.float32)
+    out, _ = jax.jit(functools.partial(native.forward, scale=0.3, isa=isa))(q.at[0, 150, 0, 3].set(jnp.nan), *others)
+    nan = np.isnan(out)
+    assert nan[0, 150, 0].all()
+    assert nan.sum() == nan[0, 150, 0].size

@@ -40,7 +40,7 @@ MOEJAX_INLINE Vec Exponential(Vec x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   Bits power = (Bits)p + ((Bits)shifted << 23);
-  return (Vec)(power & (Bits)(x > kLowest));
+  return (Vec)(power & ~(Bits)(x <= kLowest));  // what is no number stays so
 }
 
 // Scores become exp(score - largest); their sum.
