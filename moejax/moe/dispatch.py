@@ -8,6 +8,7 @@ demand.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -67,7 +68,9 @@ def make_plan(routing: Routing, num_experts: int) -> DispatchPlan:
     """Sorts the pairs of a routing of T tokens by expert, stably, so that earlier tokens keep the lower ranks."""
     expert = routing.experts.reshape(-1)
     expert = jnp.where(expert == NOWHERE, jnp.int32(num_experts), expert)
-    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    # Not jnp.argsort: inside shard_map JAX (0.10 to 0.12) takes its result for the same on all devices, and a gradient
+    # would be computed with that of the first.
+    order = lax.sort((expert, jnp.arange(expert.size, dtype=jnp.int32)), num_keys=1, is_stable=True)[1]
     counts = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
     rank = _inverse(order) - (jnp.cumsum(counts) - counts)[expert]
     return DispatchPlan(expert, order, rank, counts[:-1], routing.weights, num_experts)
