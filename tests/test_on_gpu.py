@@ -1,6 +1,6 @@
 """Every kernel on the GPU itself against float64, and a model's tokens against the CPU's; a GPU runs it by
 
-    MOEJAX_TEST_PLATFORM=cuda python -m pytest -m gpu
+    MOEJAX_TEST_PLATFORM=cuda python -m pytest -n 0 -m gpu
 
 What the same setting makes of the rest of the suite: programs run on the GPU wherever one device is enough.
 """

@@ -8,8 +8,8 @@ demand.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.moe.router import NOWHERE, Routing
