@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:::torch|tra
 def torch():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("torch")
+        torch = importlib.import_module("torch")
+    with torch.enable_grad():  # golden.make, which other tests of this process may have imported, turns them off
+        yield torch
 
 
 def theirs(torch, family, logits, chosen, mask):
