@@ -39,9 +39,14 @@ def _gated(x: jax.Array, gate_up: jax.Array, group_sizes: jax.Array) -> jax.Arra
 
 
 def _plain(x: jax.Array, gate_up: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    groups, width, _, hidden = gate_up.shape
-    both = grouped_matmul(x, gate_up.reshape(groups, width, 2 * hidden), group_sizes)
-    return jax.nn.silu(both[:, :hidden].astype(jnp.float32)).astype(x.dtype) * both[:, hidden:]
+    groups, width = gate_up.shape[:2]
+    both = grouped_matmul(x, gate_up.reshape(groups, width, -1), group_sizes)
+    return jax.checkpoint(_hidden)(both)  # kept for the gradient: both products, and none of the steps between them
+
+
+def _hidden(both: jax.Array) -> jax.Array:
+    gate, up = jnp.split(both, 2, 1)
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(both.dtype) * up
 
 
 def _forward(x: jax.Array, gate_up: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Callable]:
