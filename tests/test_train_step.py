@@ -151,7 +151,7 @@ def test_remat_computes_the_same_and_repeats_no_collective(spec, mesh):
     plain, again = (Run(mesh(spec), remat=remat) for remat in (False, True))
 
     def collectives(run):
-        text = run.step.program.lower(run.state, run.batch).compile().as_text()
+        text = run.step.program.lower(run.state, run.batch, run.step.room(run.state.params)).compile().as_text()
         return {kind: len(re.findall(rf" {kind}\(", text)) for kind in ("all-to-all", "all-gather", "all-reduce")}
 
     assert collectives(again) == collectives(plain)
