@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from moejax.errors import MoejaxError
+from moejax.process_memory import stated_memory
 
 _SCRIPT = Path(__file__).with_name("transformers_child.py")
 _NEEDS = ("torch", "transformers")
@@ -90,16 +91,8 @@ class Child:
         return answer
 
     def memory(self, field: str) -> int:
-        """Bytes that Linux states of it: "VmRSS", or "VmHWM", its peak. Both count mapped files.
-
-        Raises:
-          MoejaxError: the system has no /proc.
-        """
-        try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-        except OSError as error:
-            raise MoejaxError("the memory of a process is read from /proc, which this system has not") from error
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
+        """See `stated_memory`."""
+        return stated_memory(field, self._process.pid)
 
     def _last_words(self) -> str:
         self._process.wait()

@@ -1,6 +1,5 @@
 """Training steps of one batch, by moejax and by its peers, as contenders that take turns."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,11 +90,6 @@ def peer_contender(child: Child, experts: str, rows: Sequence[Sequence[int]], dt
         return Stepped(**child.ask("train_step", rows=rows, dtype=dtype, learning_rate=LEARNING_RATE))
 
     return run
-
-
-def own_peak() -> int:
-    """The most bytes of memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(

@@ -31,6 +31,7 @@ from moejax.errors import MoejaxError
 from moejax.families import read_config
 from moejax.loading import dtype_of
 from moejax.mesh import describe, make_mesh, parse_mesh
+from moejax.process_memory import peak_rss
 from moejax.start_report import report_lines
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
@@ -139,7 +140,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
         with _rounds(f"{args.batch_size} x {args.seq_len} tokens", args.rounds) as tick:
             figures = training.measure(contenders, args.rounds, tick)
         held = peer.memory("VmHWM") if peer else 0
-        peaks = {name: training.own_peak() if name == OWN else held for name in figures}
+        peaks = {name: peak_rss() if name == OWN else held for name in figures}
         with console.status("probing this machine's limits"):
             peak = matrix_peak(dtype, peer).times(chips(mesh))
     flops = training.step_flops(work, args.batch_size, args.seq_len)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from moejax.commands.common import DTYPES, base_parser, run
 from moejax.commands.session import LoadingBar, log
 from moejax.errors import MoejaxError
 from moejax.mesh import make_mesh
+from moejax.process_memory import peak_rss
 from moejax.run_checkpoints.conversion import Converted, to_huggingface, to_run
 from moejax.run_checkpoints.stored import saved_steps
 from moejax.start_report import human_bytes
@@ -97,6 +97,6 @@ def _tell(args: argparse.Namespace, checkpoint: Path | None, target: Path, writt
         "bytes": written.bytes,
         "dtype": written.dtype,
         "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss(),
     }
     print(json.dumps(result))

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from moejax.inference.engine import chunk_size
 from moejax.inference.generate import BATCH, Generation, Prompt, Timing, encode_prompts, generate, settle
 from moejax.language_model import LanguageModel
 from moejax.model import lay
+from moejax.process_memory import peak_rss
 from moejax.start_report import explain_lines, report_lines
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -248,7 +248,7 @@ def _result(
         "tpot_s": timing.later_s / timing.steps if timing.steps else None,
         "prefill_tok_s": prompt_tokens / timing.first_s,
         "decode_tok_s": timing.later_tokens / timing.later_s if timing.later_tokens else None,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss(),
         "peak_device_bytes": max(peaks, default=None),
         "dropped": timing.dropped,
     }
