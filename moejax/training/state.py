@@ -1,5 +1,6 @@
 """What training keeps and a step replaces: f32 master weights, what the optimizer keeps of them, and counters."""
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,8 +43,9 @@ class TrainState:
     def of(
         cls, params: Mapping[str, Array], optimizer: optax.GradientTransformation, mesh: Mesh, seed: int = 0
     ) -> "TrainState":
-        """The first state, from parameters on the mesh; those that lie as masters already are not copied."""
-        masters = {role: jax.device_put(p.astype(jnp.float32), spread(p, mesh)) for role, p in params.items()}
+        """The first state, from parameters on the mesh, which are consumed."""
+        masters = {role: _master(p, mesh) for role, p in params.items()}
+        gc.collect()  # what numpy lent to JAX goes back only now
         everywhere = NamedSharding(mesh, PartitionSpec())
         kept = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), optimizer.init(masters))
         step, key = jax.device_put((jnp.int32(0), jax.random.PRNGKey(seed)), everywhere)
@@ -67,6 +69,13 @@ class TrainState:
         counters = (((), jnp.int32), ((2,), jnp.uint32))
         leaves: Any = (params, kept, *(jax.ShapeDtypeStruct(s, d, sharding=everywhere) for s, d in counters))
         return cls(*leaves)
+
+
+def _master(param: Array, mesh: Mesh) -> jax.Array:
+    """In memory of the device's own: what a file was read into can't be donated, and would stay beside its copy."""
+    own = jax.device_put(jnp.array(param, jnp.float32), spread(param, mesh))
+    param.delete()
+    return own
 
 
 def random_parameters(config: ModelConfig, mesh: Mesh, seed: int = 0) -> dict[str, Float[Array, "..."]]:

@@ -23,13 +23,14 @@ def test_transformers_gives_the_trained_model_s_logits(mesh, tmp_path):
     raw = CONFIGS["qwen3_yarn"]
     write_checkpoint(tmp_path / "model", raw)
     model = moejax.load(tmp_path / "model", mesh=mesh("ep=4,tp=2"))
+    ids = np.random.default_rng(0).integers(0, raw["vocab_size"], (2, 20))
+    got = np.asarray(model(ids))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         state = TrainState.of(model.parameters(), optax.adamw(1e-3), model.mesh)
         checkpoints.save(1, state, model.config, model.mesh)
     assert convert.main([str(tmp_path), str(tmp_path / "hf"), "--to", "hf"]) == 0
-    ids = np.random.default_rng(0).integers(0, raw["vocab_size"], (2, 20))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids)).logits.numpy()
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == raw["model_type"]
-    assert np.abs(np.asarray(model(ids)) - want).max() < 1e-4 * np.abs(want).max()
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
