@@ -161,7 +161,7 @@ def test_an_occupied_path_is_refused_and_left_alone(mesh, folder, tmp_path, occu
 
 def test_the_demo_is_the_default(mesh):
     model = moejax.load(mesh=mesh("ep=4,tp=2"))
-    assert (model.folder, model.config.model_type, model.config.context) == (DEMO, "mixtral", 1024)
+    assert (model.folder, model.config.model_type, model.config.context) == (DEMO, "qwen3_moe", 1024)
     assert dtypes(model) == {"bfloat16"}
     assert model.tokenizer is not None
     assert model.tokenizer.vocab_size <= model.config.vocab_size

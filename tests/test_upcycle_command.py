@@ -55,7 +55,10 @@ def test_the_example_in_the_help_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("missing", "there is no folder 'missing'"), ("demo", "model_type='mixtral' cannot be upcycled; dense models of")],
+    [
+        ("missing", "there is no folder 'missing'"),
+        ("demo", "model_type='qwen3_moe' cannot be upcycled; dense models of"),
+    ],
 )
 def test_mistakes_are_one_line(model: str, message: str, tmp_path, capsys):
     assert upcycle.main([model, str(tmp_path / "moe")]) == 2
