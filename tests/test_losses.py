@@ -143,7 +143,7 @@ def test_noise_is_the_layer_s_and_the_key_s(folder, mesh):
     assert all(np.abs(seen - a).max() > 0.1 for a in other)
     quiet = noisy(x, Jitter(key, 0.0))[2].router_logits
     np.testing.assert_array_equal(quiet, compiled(lambda x: moe.with_details(x)[1].router_logits)(x))
-    assert noisy(x.astype(jnp.bfloat16), Jitter(key, 0.3))[0].dtype == jnp.bfloat16
+    assert Jitter(key, 0.3)(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_a_user_s_router_is_that_of_every_layer(folder, mesh):
