@@ -36,7 +36,7 @@ class Filters:
 def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], filters: Filters | None) -> Int[Array, " B"]:
     """One int32 token id a row, drawn from the filtered distribution; without filters the best (of ties the lower)."""
     if filters is None:
-        return jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
+        return _best(logits.astype(jnp.float32))
     scores = filtered(logits, filters)
     # Around 0 the best tokens' scores keep f32's full precision beside the Gumbel noise, at any temperature.
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
@@ -108,6 +108,12 @@ def logprobs_of(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[
     """f32 natural log-probability of each row's token under the model's own logits, before penalty and filters."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def _best(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """argmax, in two reductions: XLA on CPU makes a loop over single numbers of the one that carries indices along."""
+    best = (scores == scores.max(-1, keepdims=True)) | jnp.isnan(scores)
+    return jnp.where(best, jnp.arange(scores.shape[-1], dtype=jnp.int32), jnp.iinfo(jnp.int32).max).min(-1)
 
 
 def _all(scores: Float[Array, "B V"], _: jax.Array) -> Float[Array, "B V"]:
