@@ -29,11 +29,11 @@ namespace moejax::avx2 {
 
 // Eight floats made of eight bfloat16.
 struct WidenedRows {
-  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
-    __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + step * b_stride + 2 * column));
-    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+  static MOEJAX_INLINE void Read(const char* b, int64_t, int64_t column, Vec* cells) {
+    __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 2 * column));
+    cells[0] = (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
   }
-  static constexpr int kRows = 1, kBytes = 2;
+  static constexpr int kRows = 1, kColumns = kLanes, kBytes = 2;
 };
 
 inline void Transpose8(const char* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {

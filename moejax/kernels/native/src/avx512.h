@@ -24,13 +24,14 @@ namespace moejax::avx512 {
 #include "softmax.h"
 #include "common_isa.h"
 
-// Sixteen floats made of sixteen bfloat16.
+// Floats made of a cache line of bfloat16.
 struct WidenedRows {
-  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
-    __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + step * b_stride + 2 * column));
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+  static MOEJAX_INLINE void Read(const char* b, int64_t, int64_t column, Vec* cells) {
+    __m512i narrow = _mm512_loadu_si512(b + 2 * column);
+    cells[0] = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(narrow)), 16);
+    cells[1] = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(narrow, 1)), 16);
   }
-  static constexpr int kRows = 1, kBytes = 2;
+  static constexpr int kRows = 1, kColumns = 32, kBytes = 2;
 };
 
 // Cells, then pairs of cells, then quarters of vectors change places, each step among rows twice as far apart.

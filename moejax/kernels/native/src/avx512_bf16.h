@@ -36,16 +36,12 @@ MOEJAX_INLINE void Interleave32(const void* first, const void* second, Vec& low,
   high = (Vec)_mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b);
 }
 
-// Sixteen pairs made of two rows of bfloat16.
+// Pairs made of a cache line of bfloat16 in each of two rows.
 struct PairedRows {
-  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
-    const char* first = b + 2 * step * b_stride + 2 * column;
-    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + b_stride));
-    __m512i index = _mm512_load_si512(kFirstPairs);
-    return (Vec)_mm512_permutex2var_epi16(_mm512_castsi256_si512(low), index, _mm512_castsi256_si512(high));
+  static MOEJAX_INLINE void Read(const char* b, int64_t b_stride, int64_t column, Vec* cells) {
+    Interleave32(b + 2 * column, b + b_stride + 2 * column, cells[0], cells[1]);
   }
-  static constexpr int kRows = 2, kBytes = 2;
+  static constexpr int kRows = 2, kColumns = 32, kBytes = 2;
 };
 
 inline void Interleave(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* dst) {

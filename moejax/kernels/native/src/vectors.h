@@ -82,13 +82,72 @@ void Tiles(int64_t rows, int64_t steps, const char* a, int64_t a_stride, const c
   if constexpr (R > 1) Tiles<Multiply, R - 1>(rows, steps, a, a_stride, b, b_stride, c, c_stride, add);
 }
 
-// How one vector of a step's cells is read where b is not packed.
+// How a step's cells are read where b is not packed: so many columns, each of so many bytes, of so many rows of b.
 struct FloatRows {
-  static MOEJAX_INLINE Vec Read(const char* b, int64_t b_stride, int64_t step, int64_t column) {
-    return Load(b + step * b_stride + 4 * column);
+  static MOEJAX_INLINE void Read(const char* b, int64_t, int64_t column, Vec* cells) {
+    cells[0] = Load(b + 4 * column);
   }
-  static constexpr int kRows = 1, kBytes = 4;  // rows of b in a step, bytes of one element
+  static constexpr int kRows = 1, kColumns = kLanes, kBytes = 4;
 };
+
+// How many rows of b are taken at once, and how many further on they are asked for: by itself the processor fetches ahead
+// up to the end of a row's page and not beyond. So they arrive about as fast as a plain sum over memory reads them; with
+// two rows at once, or without asking, at half to two thirds of that.
+constexpr int kRowsAtOnce = 8, kRowsAhead = 16;
+
+// S steps at once: the sums are read and written once for S rows of b.
+template <int R, int S, class Multiply, class Reader>
+void StreamSteps(int64_t columns, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c,
+                 int64_t c_stride) {
+  constexpr bool kHeld = R * S <= kSplats;
+  Vec left[kHeld ? R : 1][S];
+  if constexpr (kHeld)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) left[r][s] = Splat(a + r * a_stride + 4 * s);
+  constexpr int kVecs = Reader::kColumns / kLanes;
+  constexpr int kLineColumns = 64 / Reader::kBytes;
+  for (int64_t column = 0; column < columns; column += Reader::kColumns) {
+    if (Reader::kColumns >= kLineColumns || column % kLineColumns == 0)
+#pragma GCC unroll 16
+      for (int row = 0; row < S * Reader::kRows; ++row)
+        __builtin_prefetch(b + (row + kRowsAhead) * b_stride + column * Reader::kBytes, 0, 2);
+    Vec right[S][kVecs];
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) Reader::Read(b + s * Reader::kRows * b_stride, b_stride, column, right[s]);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vec sum[kVecs];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) sum[v] = Load(c + r * c_stride + column + v * kLanes);
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) {
+        Vec factor = kHeld ? left[kHeld ? r : 0][s] : Splat(a + r * a_stride + 4 * s);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) sum[v] = Multiply::MultiplyAdd(sum[v], factor, right[s][v]);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) Store(c + r * c_stride + column + v * kLanes, sum[v]);
+    }
+  }
+}
+
+template <class Multiply, class Reader, int R = kFewRows>
+void StreamRows(int64_t rows, int64_t steps, int64_t columns, const char* a, int64_t a_stride, const char* b,
+                int64_t b_stride, float* c, int64_t c_stride) {
+  if constexpr (R > 1) {
+    if (rows < R)
+      return StreamRows<Multiply, Reader, R - 1>(rows, steps, columns, a, a_stride, b, b_stride, c, c_stride);
+  }
+  constexpr int kAtOnce = kRowsAtOnce / Reader::kRows;
+  const int64_t row_bytes = Reader::kRows * b_stride;
+  int64_t k = 0;
+  for (; k + kAtOnce <= steps; k += kAtOnce)
+    StreamSteps<R, kAtOnce, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
+  for (; k < steps; ++k)
+    StreamSteps<R, 1, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
+}
 
 // Asks for n cache lines of b, whose rows of `width` bytes are taken one after the other. Left to itself a processor
 // fetches ahead within a page at most, and slower the more rows it sees side by side: in the order of their addresses
@@ -112,50 +171,6 @@ class Ahead {
   const char *at_, *end_;
   int64_t skip_, b_stride_;
 };
-
-constexpr int kStepsAhead = 4;  // as long as the sums and these rows of 4 KB fit the first-level cache together
-
-// S steps at once, their cells of a in registers: the sums are read and written once for S rows of b.
-template <int R, int S, class Multiply, class Reader>
-void StreamSteps(int64_t columns, const char* a, int64_t a_stride, const char* b, int64_t b_stride, float* c,
-                 int64_t c_stride) {
-  Vec left[R][S];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int s = 0; s < S; ++s) left[r][s] = Splat(a + r * a_stride + 4 * s);
-  constexpr int kBytes = Reader::kRows * kLanes * Reader::kBytes;  // of b in one step of the loop below
-  Ahead ahead(b + kStepsAhead * Reader::kRows * b_stride, b_stride, columns * Reader::kBytes);
-  for (int64_t column = 0; column < columns; column += kLanes) {
-    if (kBytes >= 64 || column * kBytes / kLanes % 64 == 0) ahead.Fetch<S * (kBytes >= 64 ? kBytes / 64 : 1)>();
-    Vec right[S];
-#pragma GCC unroll 16
-    for (int s = 0; s < S; ++s) right[s] = Reader::Read(b, b_stride, s, column);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      Vec sum = Load(c + r * c_stride + column);
-#pragma GCC unroll 16
-      for (int s = 0; s < S; ++s) sum = Multiply::MultiplyAdd(sum, left[r][s], right[s]);
-      Store(c + r * c_stride + column, sum);
-    }
-  }
-}
-
-template <class Multiply, class Reader, int R = kFewRows>
-void StreamRows(int64_t rows, int64_t steps, int64_t columns, const char* a, int64_t a_stride, const char* b,
-                int64_t b_stride, float* c, int64_t c_stride) {
-  if constexpr (R > 1) {
-    if (rows < R)
-      return StreamRows<Multiply, Reader, R - 1>(rows, steps, columns, a, a_stride, b, b_stride, c, c_stride);
-  }
-  constexpr int kAtOnce = 2 * R > kSplats ? 1 : 2;
-  const int64_t row_bytes = Reader::kRows * b_stride;
-  int64_t k = 0;
-  for (; k + kAtOnce <= steps; k += kAtOnce)
-    StreamSteps<R, kAtOnce, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
-  for (; k < steps; ++k)
-    StreamSteps<R, 1, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
-}
 
 template <int R, int O, class Multiply, bool kWhole>
 MOEJAX_INLINE void DotStep(const char* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t cells,
