@@ -30,7 +30,7 @@ int main() {
         Right right{reinterpret_cast<const char*>(b.data()), nullptr, Type::kBf16, 2 * kColumns, 0, false};
         Block block{left, right, rows, kColumns, depth, reinterpret_cast<char*>(results[i].data()), Type::kF32,
                     4 * kColumns};
-        BlockProduct(*isas[i], block, scratches).Run();
+        MultiplyBlock(*isas[i], block, scratches);
       }
       for (size_t i = 0; i < results[0].size(); ++i)
         if (!(std::fabs(results[0][i] - results[1][i]) <= 1e-5f * results[1][i]))

@@ -151,7 +151,7 @@ class AttentionGradientTask {
 
   void Product(Left left, Right right, int64_t rows, int64_t columns, int64_t depth, float* out, int64_t stride) {
     Block block{left, right, rows, columns, depth, reinterpret_cast<char*>(out), Type::kF32, 4 * stride};
-    BlockProduct(isa_, block, s_.blocks).Run();
+    MultiplyBlock(isa_, block, s_.blocks);
   }
 
   void Added(Left left, Left right, int64_t rows, int64_t columns, int64_t depth, float* sums) {

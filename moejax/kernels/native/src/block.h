@@ -65,47 +65,41 @@ struct Scratches {
   Scratch left, right, pieces, sums;
 };
 
+// From one row of a block's sums to the next: a cache line more than whole panels, since rows a power of two apart would
+// fall on the same few lines of the cache.
+inline int64_t SumsStride(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel + 16; }
+
 inline int64_t SizeOf(Type type) { return type == Type::kF32 ? 4 : 2; }
+
+// Writes a block's columns from sums whose rows are so many floats apart.
+inline void WriteSums(const Isa& isa, const Block& block, const float* sums, int64_t stride) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    char* to = block.out + r * block.out_stride;
+    if (block.out_type == Type::kF32)
+      std::memcpy(to, sums + r * stride, 4 * block.columns);
+    else
+      isa.narrow(sums + r * stride, block.columns, reinterpret_cast<uint16_t*>(to));
+  }
+}
 
 class BlockProduct {
  public:
-  BlockProduct(const Isa& isa, const Block& block, Scratches& scratches)
-      : isa_(isa), block_(block), scratches_(scratches) {
+  // The sums go to `sums`, [rows, SumsStride(columns)].
+  BlockProduct(const Isa& isa, const Block& block, Scratches& scratches, float* sums)
+      : isa_(isa), block_(block), scratches_(scratches), sums_(sums), sums_stride_(SumsStride(block.columns)) {
     pairs_ = isa.tile_pairs != nullptr && block.left.type == Type::kBf16;
     per_cell_ = pairs_ ? 2 : 1;
     steps_ = (block.depth + per_cell_ - 1) / per_cell_;
     few_ = block.rows <= kFewRows;
   }
 
-  void Run() {
-    Compute();
-    WriteOut();
-  }
-
-  // The sums alone, which stay in the scratch memory until its next use.
   void Compute() {
-    // A cache line more than whole panels: rows a power of two apart would fall on the same few lines of the cache.
-    sums_stride_ = (block_.columns + kPanel - 1) / kPanel * kPanel + 16;
-    sums_ = reinterpret_cast<float*>(scratches_.sums.Cells(block_.rows * sums_stride_));
     if (steps_ == 0 || few_) std::fill_n(sums_, block_.rows * sums_stride_, 0.0f);
     int64_t slice = std::max<int64_t>(Slice(), 1);
     for (int64_t step = 0; step < steps_; step += slice) {
       Span span{step, std::min(slice, steps_ - step)};
       Operand left = LeftCells(span);
       for (int64_t column = Streamed(left, span); column < block_.columns; column += kPanel) Panel(left, span, column);
-    }
-  }
-
-  // One row of them, up to the next whole panel.
-  float* Sums(int64_t row) const { return sums_ + row * sums_stride_; }
-
-  void WriteOut() {
-    for (int64_t r = 0; r < block_.rows; ++r) {
-      char* to = block_.out + r * block_.out_stride;
-      if (block_.out_type == Type::kF32)
-        std::memcpy(to, Sums(r), 4 * block_.columns);
-      else
-        isa_.narrow(Sums(r), block_.columns, reinterpret_cast<uint16_t*>(to));
     }
   }
 
@@ -285,5 +279,13 @@ class BlockProduct {
   const char* fetch_from_ = nullptr;
   int64_t fetch_rows_ = 0;
 };
+
+// A whole block by itself.
+inline void MultiplyBlock(const Isa& isa, const Block& block, Scratches& scratches) {
+  int64_t stride = SumsStride(block.columns);
+  float* sums = reinterpret_cast<float*>(scratches.sums.Cells(block.rows * stride));
+  BlockProduct(isa, block, scratches, sums).Compute();
+  WriteSums(isa, block, sums, stride);
+}
 
 }  // namespace moejax

@@ -9,6 +9,7 @@
 #include "isas.h"
 #include "rows.h"
 #include "share.h"
+#include "slices.h"
 #include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -31,10 +32,14 @@ bool WorthSharing(double multiplications, double bytes) { return multiplications
 // Runs `block_of(task)` for each task.
 template <class BlockOf>
 void Run(ffi::ThreadPool& pool, const Isa& isa, const std::vector<Task>& tasks, bool worth_sharing, BlockOf block_of) {
-  auto work = [&isa, tasks, block_of](int64_t i) {
+  auto sliced = std::make_shared<SlicedSums>(tasks, 1);
+  auto work = [&isa, tasks, sliced, block_of](int64_t i) {
     thread_local Scratches scratches;
-    Block block = block_of(tasks[i]);
-    BlockProduct(isa, block, scratches).Run();
+    const Task& task = tasks[i];
+    Block block = block_of(task);
+    float* sums = sliced->Of(task, scratches.sums);
+    BlockProduct(isa, block, scratches, sums).Compute();
+    if (sliced->Complete(task)) WriteSums(isa, block, sliced->First(task, sums), SumsStride(block.columns));
   };
   ShareTasks(pool, static_cast<int64_t>(tasks.size()), worth_sharing, work);
 }
@@ -60,13 +65,13 @@ class Grouped {
         out_type_(TypeOf(y.element_type())), out_(static_cast<char*>(y.untyped_data())) {
     int64_t rows = x.dimensions()[0];
     std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups_, rows);
-    Tasks tasks(columns_);
+    Tasks tasks(columns_, !matrices.first.columns_first);
     for (int64_t g = 0; g < groups_; ++g) {
-      tasks.Add(g, starts[g], starts[g + 1] - starts[g]);
+      tasks.Add(g, starts[g], starts[g + 1] - starts[g], depth_);
       matrices_read_ += starts[g + 1] > starts[g];
     }
     rows_ = starts[groups_];
-    tasks.Add(groups_, rows_, rows - rows_);
+    tasks.Add(groups_, rows_, rows - rows_, 0);
     tasks_ = tasks.Cut();
     left_ = {static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
     left_.stride = depth_ * SizeOf(left_.type);
@@ -84,9 +89,11 @@ class Grouped {
   // A task's product with the matrix' columns from `column` on.
   Block At(const Task& task, int64_t column) const {
     bool past = task.group == groups_;
+    int64_t depth = task.Depth(task.slice, depth_);
     Block block{left_, past ? matrices_.first : matrices_.At(task.group, column), task.rows, task.columns,
-                past ? 0 : depth_};
-    block.left.data += task.row * left_.stride;
+                past ? 0 : task.Depth(task.slice + 1, depth_) - depth};
+    block.left.data += task.row * left_.stride + depth * SizeOf(left_.type);
+    if (depth > 0) block.right.data += depth * block.right.stride;
     block.out_type = out_type_;
     block.out_stride = columns_ * SizeOf(out_type_);
     block.out = out_ + task.row * block.out_stride + task.column * SizeOf(out_type_);
@@ -134,15 +141,25 @@ ffi::Error GatedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   Type type = TypeOf(w.element_type());
   Right first{static_cast<const char*>(w.untyped_data()), nullptr, type, w.dimensions()[2] * SizeOf(type), 0, false};
   Grouped grouped(x, {first, w.dimensions()[1] * first.stride, 0}, sizes, *y);
-  auto work = [grouped, &chosen](int64_t i) {
-    thread_local Scratches scratches[2];
+  auto sliced = std::make_shared<SlicedSums>(grouped.Cut(), 2);
+  auto work = [grouped, sliced, &chosen](int64_t i) {
+    thread_local Scratches scratches;
     const Task& task = grouped.Cut()[i];
     Block gate = grouped.At(task, task.column), up = grouped.At(task, grouped.columns() + task.column);
-    BlockProduct gates(chosen, gate, scratches[0]), ups(chosen, up, scratches[1]);
-    gates.Compute();
-    ups.Compute();
-    for (int64_t r = 0; r < task.rows; ++r) chosen.silu_multiply(gates.Sums(r), ups.Sums(r), task.columns);
-    gates.WriteOut();
+    float* sums = sliced->Of(task, scratches.sums);
+    // Few rows are read where they lie, and then both halves of a matrix' rows in one go.
+    bool both = task.rows <= kFewRows && task.columns == grouped.columns();
+    int64_t stride = SumsStride(both ? 2 * task.columns : task.columns);
+    int64_t up_sums = both ? task.columns : task.rows * stride;
+    Block product = gate;
+    if (both) product.columns *= 2;
+    BlockProduct(chosen, product, scratches, sums).Compute();
+    if (!both) BlockProduct(chosen, up, scratches, sums + up_sums).Compute();
+    if (!sliced->Complete(task)) return;
+    sums = sliced->First(task, sums);
+    for (int64_t r = 0; r < task.rows; ++r)
+      chosen.silu_multiply(sums + r * stride, sums + r * stride + up_sums, task.columns);
+    WriteSums(chosen, gate, sums, stride);
   };
   ShareTasks(pool, static_cast<int64_t>(grouped.Cut().size()), grouped.Worth(2), work);
   return ffi::Error::Success();
@@ -153,8 +170,8 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
                           ffi::Result<ffi::AnyBuffer> dw, int64_t isa) {
   int64_t inputs = x.dimensions()[1], columns = dy.dimensions()[1], groups = sizes.dimensions()[0];
   std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, x.dimensions()[0]);
-  Tasks tasks(columns);
-  for (int64_t g = 0; g < groups; ++g) tasks.Add(g, 0, inputs);
+  Tasks tasks(columns, false);
+  for (int64_t g = 0; g < groups; ++g) tasks.Add(g, 0, inputs, 0);
 
   Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, true};
   left.stride = inputs * SizeOf(left.type);

@@ -109,7 +109,7 @@ inline std::vector<float> CheckProducts(const Isa& isa) {
           Left left{data[0], type, (order == 2 ? rows : depth) * SizeOf(type), order == 2};
           Right right{data[1], nullptr, type, (order == 1 ? depth : kColumns) * SizeOf(type), 0, order == 1};
           Block block{left, right, rows, kColumns, depth, reinterpret_cast<char*>(out.data()), Type::kF32, 4 * kColumns};
-          BlockProduct(isa, block, scratches).Run();
+          MultiplyBlock(isa, block, scratches);
           results.insert(results.end(), out.begin(), out.end());
         }
   std::vector<float> values = UnpackEverything(isa);
