@@ -97,17 +97,26 @@ class AttentionBlock {
     int64_t row = (task_.row * a_.groups + task_.group) * a_.keys + from, size = SizeOf(a_.type);
     float* scores = reinterpret_cast<float*>(s_.scores.Cells(rows_ * stride));
     Right keys{a_.k + row * a_.width * size, nullptr, a_.type, a_.width * size, 0, true};
+    Right values{a_.v + row * a_.value_width * size, nullptr, a_.type, a_.value_width * size, 0, false};
+    if (rows_ <= kFewRows) {
+      Fetch(keys.data, n * keys.stride);
+      Fetch(values.data, n * values.stride);
+    }
     Product({q_, a_.type, a_.width * size, false}, keys, n, a_.width, scores, stride);
 
     std::vector<float>& shrunk = shrunk_;
     shrunk.resize(rows_);
     for (int64_t r = 0; r < rows_; ++r) shrunk[r] = TakeRow(r, scores + r * stride, n, stride, from);
 
-    Right values{a_.v + row * a_.value_width * size, nullptr, a_.type, a_.value_width * size, 0, false};
     float* products = reinterpret_cast<float*>(s_.products.Cells(rows_ * a_.value_width));
     Product(Probabilities(scores, n, stride), values, a_.value_width, n, products, a_.value_width);
     for (int64_t r = 0; r < rows_; ++r)
       isa_.fade_add(sums_ + r * a_.value_width, products + r * a_.value_width, a_.value_width, shrunk[r]);
+  }
+
+  // Few rows wait for memory: what they read is short, so all of it is asked for at once.
+  static void Fetch(const char* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
   }
 
   // One row's scores become powers; by how much what was summed before shrinks.

@@ -26,12 +26,15 @@ const Isa& IsaAt(int64_t index) {
   return *isas[index < 0 ? isas.size() - 1 : std::min<size_t>(index, isas.size() - 1)];
 }
 
-// Below about 50 microseconds of work, waking another thread costs more than it helps.
-bool WorthSharing(double multiplications, double bytes) { return multiplications > 2e6 || bytes > 1e6; }
+// Below about ten microseconds of work, sharing it costs more than it helps. Few rows are decoded, and more calls follow.
+Sharing HowShared(double multiplications, double bytes, bool few_rows) {
+  if (multiplications < 4e5 && bytes < 2e5) return Sharing::kNone;
+  return few_rows ? Sharing::kSoonAgain : Sharing::kOnce;
+}
 
 // Runs `block_of(task)` for each task.
 template <class BlockOf>
-void Run(ffi::ThreadPool& pool, const Isa& isa, const std::vector<Task>& tasks, bool worth_sharing, BlockOf block_of) {
+void Run(ffi::ThreadPool& pool, const Isa& isa, const std::vector<Task>& tasks, Sharing sharing, BlockOf block_of) {
   auto sliced = std::make_shared<SlicedSums>(tasks, 1);
   auto work = [&isa, tasks, sliced, block_of](int64_t i) {
     thread_local Scratches scratches;
@@ -41,7 +44,7 @@ void Run(ffi::ThreadPool& pool, const Isa& isa, const std::vector<Task>& tasks, 
     BlockProduct(isa, block, scratches, sums).Compute();
     if (sliced->Complete(task)) WriteSums(isa, block, sliced->First(task, sums), SumsStride(block.columns));
   };
-  ShareTasks(pool, static_cast<int64_t>(tasks.size()), worth_sharing, work);
+  ShareTasks(pool, static_cast<int64_t>(tasks.size()), sharing, work);
 }
 
 struct Matrices {
@@ -81,9 +84,9 @@ class Grouped {
   int64_t columns() const { return columns_; }
 
   // With `matrices` of this many columns for each of y.
-  bool Worth(int64_t wider) const {
+  Sharing HowShared(int64_t wider) const {
     double size = static_cast<double>(depth_) * columns_ * wider;
-    return WorthSharing(size * rows_, size * matrices_read_ * 2);
+    return moejax::HowShared(size * rows_, size * matrices_read_ * 2, rows_ <= kFewRows * matrices_read_);
   }
 
   // A task's product with the matrix' columns from `column` on.
@@ -112,7 +115,7 @@ class Grouped {
 void GroupedProducts(ffi::ThreadPool& pool, ffi::AnyBuffer x, Matrices matrices, ffi::Buffer<ffi::S32> sizes,
                      ffi::AnyBuffer y, const Isa& isa) {
   Grouped grouped(x, matrices, sizes, y);
-  Run(pool, isa, grouped.Cut(), grouped.Worth(1), [=](const Task& task) { return grouped.At(task, task.column); });
+  Run(pool, isa, grouped.Cut(), grouped.HowShared(1), [=](const Task& task) { return grouped.At(task, task.column); });
 }
 
 ffi::Error Products(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
@@ -161,7 +164,7 @@ ffi::Error GatedProducts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
       chosen.silu_multiply(sums + r * stride, sums + r * stride + up_sums, task.columns);
     WriteSums(chosen, gate, sums, stride);
   };
-  ShareTasks(pool, static_cast<int64_t>(grouped.Cut().size()), grouped.Worth(2), work);
+  ShareTasks(pool, static_cast<int64_t>(grouped.Cut().size()), grouped.HowShared(2), work);
   return ffi::Error::Success();
 }
 
@@ -190,7 +193,7 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
     return block;
   };
   double size = static_cast<double>(inputs) * columns;
-  Run(pool, IsaAt(isa), tasks.Cut(), WorthSharing(size * starts[groups], size * groups * 4), block_of);
+  Run(pool, IsaAt(isa), tasks.Cut(), HowShared(size * starts[groups], size * groups * 4, false), block_of);
   return ffi::Error::Success();
 }
 
@@ -221,9 +224,10 @@ Attention AttentionOf(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints
           logs};
 }
 
-bool WorthSharing(const Attention& a) {
+Sharing HowShared(const Attention& a) {
   double pairs = 1.0 * a.batch * a.heads * a.queries * a.keys;
-  return WorthSharing(pairs * (a.width + a.value_width), 0);
+  double values = 1.0 * a.batch * a.groups * a.keys * (a.width + a.value_width);
+  return HowShared(pairs * (a.width + a.value_width), values * SizeOf(a.type), a.queries == 1);
 }
 
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -239,7 +243,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     thread_local AttentionScratches scratches;
     AttentionBlock(chosen, attention, tasks[i], scratches).Run();
   };
-  ShareTasks(pool, static_cast<int64_t>(tasks.size()), WorthSharing(attention), work);
+  ShareTasks(pool, static_cast<int64_t>(tasks.size()), HowShared(attention), work);
   return ffi::Error::Success();
 }
 
@@ -258,7 +262,7 @@ ffi::Error AttendGradient(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer
     thread_local GradientScratches scratches;
     AttentionGradientTask(chosen, gradient, i, scratches).Run();
   };
-  ShareTasks(pool, gradient.forward.batch * gradient.forward.groups, WorthSharing(gradient.forward), work);
+  ShareTasks(pool, gradient.forward.batch * gradient.forward.groups, HowShared(gradient.forward), work);
   return ffi::Error::Success();
 }
 
@@ -271,7 +275,7 @@ ffi::Error Take(ffi::ThreadPool pool, ffi::AnyBuffer table, Ints index, ffi::Res
   auto work = [=, index = index.typed_data()](int64_t i) {
     TakeRows(from, count, row_bytes, index, i * kEach, std::min(rows, (i + 1) * kEach), to);
   };
-  ShareTasks(pool, (rows + kEach - 1) / kEach, WorthSharing(0, 1.0 * rows * row_bytes), work);
+  ShareTasks(pool, (rows + kEach - 1) / kEach, HowShared(0, 1.0 * rows * row_bytes, false), work);
   return ffi::Error::Success();
 }
 

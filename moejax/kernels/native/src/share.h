@@ -4,8 +4,9 @@
 // scheduled closure may start late or only after the call has returned. So tasks are claimed from a counter; the caller
 // claims like any helper and in the end waits only for tasks that somebody has claimed, which are running.
 //
-// To wake a thread of the pool takes 30 to 80 microseconds, as long as a core needs to read a megabyte. So a helper that
-// is done stays for a moment, awake, and helps the next call from its start.
+// To wake a thread of the pool takes 30 to 80 microseconds, as long as a core needs to read a megabyte. So in decode a
+// helper that is done stays for a moment, awake, and helps the next call from its start. Not in prefill, where XLA needs
+// the thread for what it computes itself between two calls.
 #pragma once
 
 #include <atomic>
@@ -25,15 +26,23 @@ inline std::atomic<int64_t>& BusyThreads() {
   return busy;
 }
 
-struct Helpable {
+enum class Sharing { kNone, kOnce, kSoonAgain };
+
+class Helpable {
+ public:
+  explicit Helpable(Sharing sharing) : sharing_(sharing) {}
   virtual ~Helpable() = default;
   virtual void Help() = 0;
+  bool SoonAgain() const { return sharing_ == Sharing::kSoonAgain; }
+
+ private:
+  const Sharing sharing_;
 };
 
 template <class Work>
 class Share : public Helpable {
  public:
-  Share(Work work, int64_t tasks) : work_(std::move(work)), tasks_(tasks) {}
+  Share(Work work, int64_t tasks, Sharing sharing) : Helpable(sharing), work_(std::move(work)), tasks_(tasks) {}
 
   // Claims and does tasks until all are claimed. Touches no more than the counter when they already are.
   void Help() override {
@@ -77,38 +86,32 @@ class Helpers {
     if (call_.get() == call) call_.reset();
   }
 
-  // Helps this call and those that are offered until none has come for a moment.
+  // Helps this call, and while more are said to come soon, those that are offered until none has come for a moment.
   void HelpOn(std::shared_ptr<Helpable> call) {
     int64_t seen = calls_.load();
-    while (call) {
-      call->Help();
-      call = Next(seen);
-    }
+    do {
+      bool again = !call || call->SoonAgain();  // none: it was over before anybody came
+      if (call) call->Help();
+      if (!again) return;
+    } while (Next(seen, call));
   }
 
  private:
   static constexpr std::chrono::microseconds kMoment{200};  // longer than what XLA does between two products in decode
 
-  std::shared_ptr<Helpable> Next(int64_t& seen) {
-    if (waiting_.fetch_add(1) >= Cores() - 1) {
-      waiting_.fetch_sub(1);
-      return nullptr;
+  // Waits for another call, and whether one came.
+  bool Next(int64_t& seen, std::shared_ptr<Helpable>& call) {
+    call.reset();
+    if (waiting_.fetch_add(1) < Cores() - 1) {
+      auto end = std::chrono::steady_clock::now() + kMoment;
+      while (calls_.load() == seen && std::chrono::steady_clock::now() < end) std::this_thread::yield();
     }
-    auto end = std::chrono::steady_clock::now() + kMoment;
-    while (calls_.load() == seen && std::chrono::steady_clock::now() < end) std::this_thread::yield();
     waiting_.fetch_sub(1);
-    if (calls_.load() == seen) return nullptr;
     std::lock_guard<std::mutex> lock(mutex_);
+    if (calls_.load() == seen) return false;
     seen = calls_.load();
-    return call_ ? call_ : Nothing();
-  }
-
-  // In place of a call that was over before anybody came.
-  static std::shared_ptr<Helpable> Nothing() {
-    struct Done : Helpable {
-      void Help() override {}
-    };
-    return std::make_shared<Done>();
+    call = call_;
+    return true;
   }
 
   std::mutex mutex_;
@@ -118,9 +121,9 @@ class Helpers {
 
 // Calls work(i) for each i below `tasks`, on at most as many threads as there are idle cores.
 template <class Work>
-void ShareTasks(xla::ffi::ThreadPool& pool, int64_t tasks, bool worth_sharing, Work work) {
-  auto share = std::make_shared<Share<Work>>(std::move(work), tasks);
-  if (!worth_sharing) return share->Help();
+void ShareTasks(xla::ffi::ThreadPool& pool, int64_t tasks, Sharing sharing, Work work) {
+  auto share = std::make_shared<Share<Work>>(std::move(work), tasks, sharing);
+  if (sharing == Sharing::kNone) return share->Help();
   Helpers& all = Helpers::All();
   int64_t helpers = std::min({Cores() - 1 - BusyThreads().load(), tasks - 1, pool.num_threads()}) - all.waiting();
   all.Offer(share);
