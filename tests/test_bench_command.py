@@ -55,7 +55,7 @@ def test_latency_of_a_config_whose_random_weights_do_not_stay(tmp_path, capsys, 
     assert row["prefill_tok_s"] == pytest.approx(4 / row["ttft_s"]["median"])
     assert row["decode_tok_s"] == pytest.approx(1 / row["tpot_s"]["median"])
     assert row["decode_share"] == pytest.approx(
-        batch["decode_bytes"] * row["decode_tok_s"] / result["limits"]["read_bytes_per_s"]
+        batch["decode_bytes"] * row["decode_tok_s"] / batch["limits"]["read_bytes_per_s"]
     )
     assert batch["against"] is None
 

@@ -27,9 +27,9 @@ def test_the_own_contender_generates_greedily_to_the_end(model):
 
 def test_experts_hit_are_those_of_the_tokens_that_were_decoded(model):
     batch = Batch.random(model.config.vocab_size, 3, 5, 4)
-    figures = measure({OWN: own_contender(model, batch)}, batch, 1, lambda name, number: None)[OWN]
-    hit = experts_hit(model, Work.of(model.config), figures)
-    rows = np.array([p + t for p, t in zip(batch.prompts, figures.tokens, strict=True)])
+    figures, _ = measure({OWN: own_contender(model, batch)}, batch, 1, lambda name, number: None, lambda: None)
+    hit = experts_hit(model, Work.of(model.config), figures[OWN])
+    rows = np.array([p + t for p, t in zip(batch.prompts, figures[OWN].tokens, strict=True)])
     chosen = model(rows, output_router_logits=True).routed_experts
     for layer, experts in enumerate(chosen):
         steps = np.asarray(experts).reshape(3, 9, -1)[:, 5:8]
@@ -52,7 +52,9 @@ def test_ratios_are_to_the_best_peer_of_each_phase_and_shares_are_of_the_limits(
     contenders = {OWN: fake(1.0, 2.0), "early": fake(1.5, 9.0), "late": fake(4.0, 3.0, token=8)}
     work = Work.of(model.config, "float32")
     hit = work.expected_experts(2)
-    figures = measure(contenders, batch, 3, lambda name, number: None)
+    rounds = iter(range(4))
+    figures, probes = measure(contenders, batch, 3, lambda name, number: None, lambda: next(rounds))
+    assert probes == [1, 2, 3]  # not that of the warm-up
     result = batch_result(figures, work, hit, Limits(Limit(1e9, "a"), Limit(1e9, "b")))
     own = result["rows"][0]
     assert (own["prefill_tok_s"], own["decode_tok_s"], own["total_tok_s"]) == (4.0, 2.0, 2.0)
@@ -64,6 +66,9 @@ def test_ratios_are_to_the_best_peer_of_each_phase_and_shares_are_of_the_limits(
     assert against["same_tokens"] == pytest.approx(2 / 3)
 
 
-def test_of_two_probes_the_higher_figures_are_the_limits():
-    first, second = Limits(Limit(1.0, "a"), Limit(4.0, "b")), Limits(Limit(2.0, "c"), Limit(3.0, "d"))
-    assert first.best(second) == Limits(Limit(2.0, "c"), Limit(4.0, "b"))
+def test_each_limit_is_the_median_of_its_probes():
+    first, second, third = (
+        Limits(Limit(matrix, "a"), Limit(read, "b")) for matrix, read in ((1.0, 4.0), (2.0, 3.0), (5.0, 9.0))
+    )
+    assert Limits.median([first, second, third]) == Limits(Limit(2.0, "a"), Limit(4.0, "b"))
+    assert Limits.median([first]) == first

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from moejax.language_model import LanguageModel
 from moejax.model import Forward
 
 OWN = "moejax"
+Probe = TypeVar("Probe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +108,26 @@ def peer_contender(child: Child, experts: str, batch: Batch) -> Callable[[], Run
 
 
 def measure(
-    contenders: dict[str, Callable[[], Run]], batch: Batch, rounds: int, tick: Callable[[str, int], None]
-) -> dict[str, Figures]:
-    """The figures of each contender; all take turns in every round."""
+    contenders: dict[str, Callable[[], Run]],
+    batch: Batch,
+    rounds: int,
+    tick: Callable[[str, int], None],
+    probe: Callable[[], Probe],
+) -> tuple[dict[str, Figures], list[Probe]]:
+    """The figures of each contender, and what `probe` found in each round; all take turns in every round."""
     steps = batch.new_tokens - 1
-    return {
+    turns = interleave(contenders | {"the machine": probe}, rounds, tick)
+    probes = cast(list[Probe], turns.pop("the machine"))
+    figures = {
         name: Figures(
             batch,
             Spread.of([run.first_s for run in runs]),
             Spread.of([run.later_s / steps for run in runs]),
             runs[-1].tokens,
         )
-        for name, runs in interleave(contenders, rounds, tick).items()
+        for name, runs in cast(dict[str, list[Run]], turns).items()
     }
+    return figures, probes
 
 
 def experts_hit(model: LanguageModel, work: Work, figures: Figures) -> tuple[float, ...]:

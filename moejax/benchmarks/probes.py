@@ -20,7 +20,7 @@ _LARGE_READ_BYTES = 1 << 32
 """Far over any cache, and long enough that starting a program does not count."""
 _WIDTH = 8192
 
-_REPEATS = 5
+_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """From figures to one JSON object: rates, ratios to the best peer, shares of this machine's limits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,19 @@ from moejax.benchmarks.work import Work
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of the devices of the mesh, probed in the same run."""
+    """Of the devices of the mesh, probed in turn with what is measured."""
 
     matrix: Limit
     read: Limit
 
-    def best(self, other: "Limits") -> "Limits":
-        """Of two probes, before and after, the higher figures: what disturbs a probe makes it lower."""
+    @classmethod
+    def median(cls, probes: "Sequence[Limits]") -> "Limits":
+        """Of one probe a round, each limit's median: on a shared machine they move within minutes, memory's by half."""
 
-        def rate(limit: Limit) -> float:
-            return limit.rate
+        def middle(limits: list[Limit]) -> Limit:
+            return sorted(limits, key=lambda limit: limit.rate)[len(limits) // 2]
 
-        return Limits(max(self.matrix, other.matrix, key=rate), max(self.read, other.read, key=rate))
+        return cls(middle([probe.matrix for probe in probes]), middle([probe.read for probe in probes]))
 
     def __str__(self) -> str:
         return (
@@ -70,6 +71,7 @@ def batch_result(
         "prefill_flops": flops,
         "decode_bytes": read,
         "experts_hit": sum(experts_hit) / len(experts_hit) if experts_hit else None,
+        "limits": limits.as_json(),
         "rows": rows,
         "against": _against(figures),
     }

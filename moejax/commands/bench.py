@@ -36,8 +36,8 @@ _HOW = (
 )
 _LIMITS = (
     "prefill/s, decode/s  tokens a second\n"
-    "peak  FLOPs of the prompts, counted from the config, over what the fastest matrix product of this run does\n"
-    "read  bytes of weights that a step needs, over what the fastest read of memory of this run gets\n"
+    "peak  FLOPs of the prompts, counted from the config, over what the fastest matrix product does, probed each round\n"
+    "read  bytes of weights that a step needs, over what the fastest read of memory gets, probed each round\n"
 )
 _BUSY = (
     "warning: others keep this machine busy (load {load:.1f} on {cores} cores). That slows contenders unequally, torch "

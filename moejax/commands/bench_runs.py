@@ -64,19 +64,17 @@ def run_generation(args: argparse.Namespace) -> dict[str, Any]:
         work = Work.of(model.config, args.dtype)
         # Several processes of a peer would share the machine in a probe of their own.
         probe = partial(_limits, dtype, mesh, peer if mesh.size == 1 else None)
-        limits = probe()
-        measured = []
+        batches = []
         for size in args.batch_size:
             batch = Batch.random(model.config.vocab_size, size, args.input_len, args.output_len)
             contenders = {OWN: own_contender(model, batch)} | _peers(peer, batch, work)
             with _rounds(f"{size} x {args.input_len} + {args.output_len} tokens", args.rounds) as tick:
-                figures = measure(contenders, batch, args.rounds, tick)
-            measured.append((figures, experts_hit(model, work, figures[OWN])))
-        limits = limits.best(probe())
-    log(f"limits    {limits}")
-    batches = [batch_result(figures, work, hit, limits) for figures, hit in measured]
+                figures, probes = measure(contenders, batch, args.rounds, tick, probe)
+            limits = Limits.median(probes)
+            log(f"limits    {limits}")
+            batches.append(batch_result(figures, work, experts_hit(model, work, figures[OWN]), limits))
     lengths = {"input_len": args.input_len, "output_len": args.output_len}
-    return _setting(args, mesh, dtype) | versions | lengths | {"limits": limits.as_json(), "batches": batches}
+    return _setting(args, mesh, dtype) | versions | lengths | {"batches": batches}
 
 
 def run_layer(args: argparse.Namespace) -> dict[str, Any]:
@@ -249,9 +247,8 @@ def _peers(peer: Child | None, batch: Batch, work: Work) -> dict[str, Callable[[
 
 
 def _limits(dtype: str, mesh: Mesh, peer: Child | None) -> Limits:
-    with console.status("probing this machine's limits"):
-        count = chips(mesh)
-        return Limits(matrix_peak(dtype, peer).times(count), read_bandwidth(peer).times(count))
+    count = chips(mesh)
+    return Limits(matrix_peak(dtype, peer).times(count), read_bandwidth(peer).times(count))
 
 
 @contextlib.contextmanager
