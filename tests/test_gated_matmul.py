@@ -13,7 +13,14 @@ from moejax.kernels.gated_matmul import silu_gated_matmul
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.kernels.native.library import instruction_sets
 
-CASES = [(7, 5, 3, [3, 0, 2]), (300, 64, 100, [130, 0, 150, 5]), (4, 6, 8, [0, 0]), (1, 6, 8, [0, 1])]
+CASES = [
+    (7, 5, 3, [3, 0, 2]),
+    (300, 64, 100, [130, 0, 150, 5]),
+    (4, 300, 130, [1, 0, 2]),  # slices of the depth, gate and up at once
+    (8, 200, 2100, [8]),  # and so wide that they are not
+    (4, 6, 8, [0, 0]),
+    (1, 6, 8, [0, 1]),
+]
 
 
 def operands(rows, width, hidden, sizes, dtype=jnp.float32):
@@ -43,7 +50,7 @@ def test_equals_float64(case):
 @pytest.mark.parametrize("isa", range(len(instruction_sets())), ids=instruction_sets())
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
 def test_every_instruction_set(isa, dtype, bound):
-    for case in CASES[:2]:
+    for case in CASES[:4]:
         x, gate_up, sizes = operands(*case, dtype)
         run = compiled(functools.partial(native.gated_products, isa=isa))
         got = run(x, gate_up.reshape(*gate_up.shape[:2], -1), sizes)

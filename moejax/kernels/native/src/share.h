@@ -69,8 +69,8 @@ class Share : public Helpable {
 class Helpers {
  public:
   static Helpers& All() {
-    static Helpers helpers;
-    return helpers;
+    static Helpers* helpers = new Helpers;  // never destroyed: one may still wait when the process ends
+    return *helpers;
   }
 
   int64_t waiting() const { return waiting_.load(); }

@@ -16,10 +16,10 @@ class SlicedSums {
   // Each task has sums for `columns_each` times its columns.
   SlicedSums(const std::vector<Task>& tasks, int64_t columns_each) : columns_each_(columns_each) {
     if (tasks.empty()) return;
-    blocks_ = std::make_unique<Block[]>(tasks.back().block + 1);
+    blocks_ = std::make_unique<Sums[]>(tasks.back().block + 1);
     for (const Task& task : tasks)
       if (task.slices > 1 && task.slice == 0) {
-        blocks_[task.block].sums = std::make_unique<float[]>(task.slices * Size(task));
+        blocks_[task.block].sums.reset(new float[task.slices * Size(task)]);  // each task sets its own to zero
         blocks_[task.block].missing = task.slices;
       }
   }
@@ -45,7 +45,7 @@ class SlicedSums {
   }
 
  private:
-  struct Block {
+  struct Sums {
     std::unique_ptr<float[]> sums;
     std::atomic<int64_t> missing{0};
   };
@@ -53,7 +53,7 @@ class SlicedSums {
   int64_t Size(const Task& task) const { return columns_each_ * task.rows * SumsStride(task.columns); }
 
   int64_t columns_each_;
-  std::unique_ptr<Block[]> blocks_;
+  std::unique_ptr<Sums[]> blocks_;
 };
 
 }  // namespace moejax
