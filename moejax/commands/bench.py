@@ -36,7 +36,7 @@ _HOW = (
 )
 _LIMITS = (
     "prefill/s, decode/s  tokens a second\n"
-    "peak  FLOPs of the prompts, counted from the config, over what the fastest matrix product does, probed each round\n"
+    "peak  FLOPs of the prompts, counted from the config, over what the fastest product does, probed each round\n"
     "read  bytes of weights that a step needs, over what the fastest read of memory gets, probed each round\n"
 )
 _BUSY = (
