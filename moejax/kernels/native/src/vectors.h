@@ -149,9 +149,8 @@ void StreamRows(int64_t rows, int64_t steps, int64_t columns, const char* a, int
     StreamSteps<R, 1, Multiply, Reader>(columns, a + 4 * k, a_stride, b + k * row_bytes, b_stride, c, c_stride);
 }
 
-// Asks for n cache lines of b, whose rows of `width` bytes are taken one after the other. Left to itself a processor
-// fetches ahead within a page at most, and slower the more rows it sees side by side: in the order of their addresses
-// b's lines come up to twice as fast.
+// Asks for n cache lines of b, whose rows of `width` bytes are taken one after the other, to come into the second-level
+// cache. Left to itself a processor fetches ahead within a page at most, and slower the more rows it sees side by side.
 class Ahead {
  public:
   MOEJAX_INLINE Ahead(const char* b, int64_t b_stride, int64_t width)
@@ -160,7 +159,7 @@ class Ahead {
   template <int n>
   MOEJAX_INLINE void Fetch() {
 #pragma GCC unroll 16
-    for (int line = 0; line < n; ++line) __builtin_prefetch(at_ + 64 * line);
+    for (int line = 0; line < n; ++line) __builtin_prefetch(at_ + 64 * line, 0, 2);
     at_ += 64 * n;
     if (at_ < end_) return;
     at_ += skip_;
@@ -191,7 +190,7 @@ void DotsOf(int64_t steps, const char* a, int64_t a_stride, const char* b, int64
             bool add) {
   Vec sum[R][O] = {};
   int64_t k = 0;
-  Ahead ahead(b + O * b_stride, b_stride, 4 * steps);
+  Ahead ahead(b + 2 * O * b_stride, b_stride, 4 * steps);  // the block after the next
   for (; k + kLanes <= steps; k += kLanes) {
     if (4 * k % 64 == 0) ahead.Fetch<O>();
     DotStep<R, O, Multiply, true>(a + 4 * k, a_stride, b + 4 * k, b_stride, kLanes, sum);
