@@ -98,7 +98,7 @@ class AttentionBlock {
     float* scores = reinterpret_cast<float*>(s_.scores.Cells(rows_ * stride));
     Right keys{a_.k + row * a_.width * size, nullptr, a_.type, a_.width * size, 0, true};
     Right values{a_.v + row * a_.value_width * size, nullptr, a_.type, a_.value_width * size, 0, false};
-    if (rows_ <= kFewRows) {
+    if (rows_ <= kFewRows) {  // they wait for memory, and what they read is short: all of it is asked for at once
       Fetch(keys.data, n * keys.stride);
       Fetch(values.data, n * values.stride);
     }
@@ -112,11 +112,6 @@ class AttentionBlock {
     Product(Probabilities(scores, n, stride), values, a_.value_width, n, products, a_.value_width);
     for (int64_t r = 0; r < rows_; ++r)
       isa_.fade_add(sums_ + r * a_.value_width, products + r * a_.value_width, a_.value_width, shrunk[r]);
-  }
-
-  // Few rows wait for memory: what they read is short, so all of it is asked for at once.
-  static void Fetch(const char* from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
   }
 
   // One row's scores become powers; by how much what was summed before shrinks.

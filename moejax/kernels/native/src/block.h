@@ -251,10 +251,9 @@ class BlockProduct {
 
   // Asks for the rows [from, past) of the next panel while this one is multiplied: they lie far apart, where a
   // processor does not fetch ahead by itself.
-  void Fetch(int64_t from, int64_t past) const {
+  void FetchRows(int64_t from, int64_t past) const {
     for (int64_t k = from; k < past; ++k)
-      for (int64_t byte = 0; byte < kPanel * SizeOf(block_.right.type); byte += 64)
-        __builtin_prefetch(fetch_from_ + k * block_.right.stride + byte, 0, 2);
+      Fetch(fetch_from_ + k * block_.right.stride, kPanel * SizeOf(block_.right.type));
   }
 
   // The rows in tiles of as equal a height as there are.
@@ -263,7 +262,7 @@ class BlockProduct {
     int64_t tiles = (block_.rows + most - 1) / most;
     for (int64_t i = 0; i < tiles; ++i) {
       int64_t row = block_.rows * i / tiles, past = block_.rows * (i + 1) / tiles;
-      Fetch(fetch_rows_ * i / tiles, fetch_rows_ * (i + 1) / tiles);
+      FetchRows(fetch_rows_ * i / tiles, fetch_rows_ * (i + 1) / tiles);
       tile(past - row, steps, left.data + row * left.stride, left.stride, right.data, right.stride,
            sums + row * sums_stride_, sums_stride_, add);
     }

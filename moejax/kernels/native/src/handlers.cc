@@ -68,13 +68,14 @@ class Grouped {
         out_type_(TypeOf(y.element_type())), out_(static_cast<char*>(y.untyped_data())) {
     int64_t rows = x.dimensions()[0];
     std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups_, rows);
-    Tasks tasks(columns_, !matrices.first.columns_first);
+    int64_t cut = matrices.first.columns_first ? 0 : depth_;
+    Tasks tasks(columns_);
     for (int64_t g = 0; g < groups_; ++g) {
-      tasks.Add(g, starts[g], starts[g + 1] - starts[g], depth_);
+      tasks.Add(g, starts[g], starts[g + 1] - starts[g], cut);
       matrices_read_ += starts[g + 1] > starts[g];
     }
     rows_ = starts[groups_];
-    tasks.Add(groups_, rows_, rows - rows_, 0);
+    tasks.Add(groups_, rows_, rows - rows_);
     tasks_ = tasks.Cut();
     left_ = {static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, false};
     left_.stride = depth_ * SizeOf(left_.type);
@@ -173,8 +174,8 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
                           ffi::Result<ffi::AnyBuffer> dw, int64_t isa) {
   int64_t inputs = x.dimensions()[1], columns = dy.dimensions()[1], groups = sizes.dimensions()[0];
   std::vector<int64_t> starts = GroupStarts(sizes.typed_data(), groups, x.dimensions()[0]);
-  Tasks tasks(columns, false);
-  for (int64_t g = 0; g < groups; ++g) tasks.Add(g, 0, inputs, 0);
+  Tasks tasks(columns);
+  for (int64_t g = 0; g < groups; ++g) tasks.Add(g, 0, inputs);
 
   Left left{static_cast<const char*>(x.untyped_data()), TypeOf(x.element_type()), 0, true};
   left.stride = inputs * SizeOf(left.type);

@@ -37,12 +37,12 @@ struct Task {
 
 class Tasks {
  public:
-  // Of products that write so many columns. Where the right operand's columns lie side by side (`by_rows`) few rows are
-  // cut along the depth, so that each task reads long pieces of memory; all others along the columns.
-  Tasks(int64_t columns, bool by_rows) : columns_(columns), by_rows_(by_rows) {}
+  explicit Tasks(int64_t columns) : columns_(columns) {}
 
-  // Adds the product of a group over this depth that writes rows [row, row + rows).
-  void Add(int64_t group, int64_t row, int64_t rows, int64_t depth) {
+  // Adds the product of a group that writes rows [row, row + rows). Few of them are cut along the depth where one is
+  // given, that of a right operand whose columns lie side by side: so each task reads long pieces of memory. All others
+  // are cut along the columns.
+  void Add(int64_t group, int64_t row, int64_t rows, int64_t depth = 0) {
     int64_t cuts = (rows + kMostRows - 1) / kMostRows;
     for (int64_t i = 0; i < cuts; ++i) {
       int64_t from = rows * i / cuts, past = rows * (i + 1) / cuts;
@@ -72,7 +72,7 @@ class Tasks {
 
   static int64_t Wanted() { return 4 * Cores(); }
 
-  bool AlongDepth(const Part& part) const { return by_rows_ && part.task.rows <= kFewRows; }
+  bool AlongDepth(const Part& part) const { return part.depth > 0 && part.task.rows <= kFewRows; }
 
   int64_t Width(const Part& part) const {
     if (AlongDepth(part)) {
@@ -93,7 +93,6 @@ class Tasks {
   static int64_t Whole(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 
   int64_t columns_;
-  bool by_rows_;
   std::vector<Part> parts_;
 };
 
