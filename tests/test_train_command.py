@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -271,6 +272,19 @@ def test_mistakes_are_one_line_and_leave_nothing(argv, message, files, tmp_path,
     assert err.startswith("error: ")
     assert message in err
     assert not run.exists()
+
+
+def test_a_model_without_a_tokenizer_that_fits_is_refused(files, tmp_path, capsys):
+    """Ids outside of the vocabulary would be trained on as if they were others."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    model.mkdir()
+    raw = json.loads((files / "model" / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(raw | {"vocab_size": 4095}))
+    for message in (f"tokenizer.json is missing in {model}", "has 4096 tokens, more than the model's vocab_size=4095"):
+        assert trained(files, run, "--set", f"model.config={model}") == 2
+        assert message in capsys.readouterr().err
+        assert not run.exists()
+        shutil.copy(files / "model" / "tokenizer.json", model)
 
 
 @pytest.mark.parametrize(

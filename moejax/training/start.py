@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from moejax.checkpoint.source import read_json, resolve
 from moejax.config import ModelConfig
+from moejax.data.encoder import DocumentEncoder
 from moejax.errors import MoejaxError
 from moejax.families import read_config, text_config
-from moejax.inference.tokenizer import Tokenizer, require
 from moejax.loading import COMPANIONS, load, plain_config
 from moejax.opening import Checkpoint
 from moejax.training.recipe import ModelRecipe, Recipe
@@ -69,25 +69,19 @@ class Start:
         found["generation_config.json"] = weights / "generation_config.json"
         return [path for path in found.values() if path.is_file()]
 
-    def tokenizer(self) -> Tokenizer:
-        """
-        Raises:
-          MoejaxError: there is none, or it has more tokens than the model.
-        """
-        tokenizer = require(Tokenizer.from_folder(self.tokenizer_folder), self.tokenizer_folder)
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise MoejaxError(
-                f"the tokenizer in {self.tokenizer_folder} has {tokenizer.vocab_size} tokens, more than the model's "
-                f"vocab_size={self.config.vocab_size}; train with the tokenizer of the model"
-            )
-        return tokenizer
-
     def check(self, recipe: Recipe) -> None:
         """
         Raises:
-          MoejaxError: rows longer than the model's context, or than its rope lets be packed; losses it cannot have.
+          MoejaxError: no tokenizer, or one with more tokens than the model; rows longer than the model's context, or
+            than its rope lets be packed; losses it cannot have.
         """
         length, config = recipe.data.length, self.config
+        tokens = DocumentEncoder.from_folder(self.tokenizer_folder).vocab_size
+        if tokens > config.vocab_size:
+            raise MoejaxError(
+                f"the tokenizer in {self.tokenizer_folder} has {tokens} tokens, more than the model's "
+                f"vocab_size={config.vocab_size}; train with the tokenizer of the model"
+            )
         if length > config.context:
             raise MoejaxError(f"data.length={length} is over the model's context of {config.context}")
         packs = all(rope.kind != "dynamic" and not rope.switches for rope in config.ropes)
